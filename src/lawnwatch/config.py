@@ -1,0 +1,189 @@
+"""Settings: the only place that reads the environment.
+
+Every setting is `LAWNWATCH_<NAME>`; a group's member is `LAWNWATCH_<GROUP>__<NAME>`. With nothing set, everything lives
+below one folder (`./var`): SQLite catalog, local-directory store, MLflow on SQLite. That is the embedded mode.
+`docs/settings.md` is generated from this file.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+from urllib.parse import unquote, urlsplit
+
+from pydantic import AliasChoices, BaseModel, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from lawnwatch.errors import SettingsError
+
+# Passwords that everybody knows are as good as none.
+PLACEHOLDERS = frozenset(
+    {"", "admin", "changeme", "changethis", "change-me", "default", "minioadmin", "password", "root", "secret", "test"}
+)
+
+
+class FetchSettings(BaseModel):
+    """How pictures are fetched from the web."""
+
+    concurrency: int = Field(32, ge=1, description="Requests under way at once, over all hosts.")
+    per_host: int = Field(8, ge=1, description="Requests under way at once to one host.")
+    connect_timeout: float = Field(5.0, gt=0, description="Seconds until a connection must stand.")
+    read_timeout: float = Field(10.0, gt=0, description="Seconds of silence after which a response is given up.")
+    total_timeout: float = Field(60.0, gt=0, description="Seconds for one image, retries and redirects included.")
+    attempts: int = Field(3, ge=1, description="Tries for one image before its failure is recorded.")
+    max_bytes: int = Field(20_000_000, ge=1, description="Largest image file, bytes, counted after decompression.")
+    max_redirects: int = Field(3, ge=0, description="Redirects followed; each hop is checked anew.")
+    allow_hosts: list[str] = Field([], description="When set, only these hosts are fetched from (JSON list).")
+    allow_cidrs: list[str] = Field(
+        [], description="Development only: networks that may be dialled though not public, such as 127.0.0.0/8."
+    )
+    origin_map: dict[str, str] = Field(
+        {},
+        description="Development only: URL prefix to the URL prefix that is really fetched; the catalog keeps the "
+        "real URLs (JSON object).",
+    )
+
+
+class ImageSettings(BaseModel):
+    """What a picture may be."""
+
+    max_pixels: int = Field(50_000_000, ge=1, description="Most pixels of a picture; decided before decoding.")
+
+
+class DataSettings(BaseModel):
+    """What a snapshot must hold, and how it is split."""
+
+    min_per_class: int = Field(20, ge=1, description="Fewest usable images of a class before training is refused.")
+    max_bad_ratio: float = Field(0.25, ge=0, le=1, description="Largest share of failed images a run may end with.")
+    validation_share: float = Field(0.15, gt=0, lt=1, description="Share of the first snapshot held for validation.")
+    test_share: float = Field(0.20, gt=0, lt=1, description="Share of the first snapshot frozen as the test split.")
+    near_duplicate_distance: int = Field(
+        6, ge=0, le=16, description="Largest Hamming distance of two 64-bit perceptual hashes of the same picture."
+    )
+
+
+class TrainSettings(BaseModel):
+    """How a model is trained."""
+
+    seed: int = Field(17, description="Seed of every random choice in training.")
+    budget_seconds: float = Field(120.0, gt=0, description="Time for training all candidates of a run, seconds.")
+    fine_tune_epochs: int = Field(8, ge=0, description="Most epochs of fine-tuning; 0 leaves that candidate out.")
+    batch_size: int = Field(32, ge=1, description="Images in a training batch.")
+
+
+class GateSettings(BaseModel):
+    """What a challenger must show before it is promoted."""
+
+    min_accuracy: float = Field(0.75, ge=0, le=1, description="First champion: lower 95 % bound of test accuracy.")
+    min_test_images: int = Field(30, ge=1, description="Fewest test images on which anything is decided.")
+    alpha: float = Field(0.05, gt=0, lt=1, description="Level of the tests: exact McNemar and the paired bootstrap.")
+    margin: float = Field(0.05, gt=0, lt=1, description="Non-inferiority margin, in accuracy.")
+
+
+class ServingSettings(BaseModel):
+    """The API."""
+
+    host: str = Field("127.0.0.1", description="Address the API listens on.")
+    port: int = Field(8000, description="Port the API listens on.")
+    threads: int = Field(2, ge=1, description="Inferences under way at once; each holds one thread.")
+    queue: int = Field(32, ge=0, description="Requests that may wait for a thread; more are refused with 503.")
+    max_upload_bytes: int = Field(20_000_000, ge=1, description="Largest request body, bytes.")
+    request_timeout: float = Field(30.0, gt=0, description="Seconds for a request, its body's arrival included.")
+    poll_seconds: float = Field(1.0, gt=0, description="How often the release target is looked at.")
+    drain_seconds: float = Field(0.0, ge=0, description="After SIGTERM: seconds not ready before draining begins.")
+    record_images: Literal["none", "uncertain", "all"] = Field(
+        "all", description="Which uploaded pictures are kept with their prediction."
+    )
+    record_queue: int = Field(1000, ge=1, description="Predictions that may wait to be recorded; more are dropped.")
+
+
+class Settings(BaseSettings):
+    """All settings of lawnwatch."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="LAWNWATCH_", env_nested_delimiter="__", extra="ignore", populate_by_name=True
+    )
+
+    environment: Literal["development", "production"] = Field(
+        "development", description="`production` refuses the settings that are for development only."
+    )
+    home: Path = Field(Path("var"), description="Folder of everything that the embedded mode keeps.")
+    database_url: SecretStr = Field(
+        SecretStr(""), description="Catalog: `mysql+pymysql://user:password@host/database`; empty: SQLite in home."
+    )
+    store_url: str = Field("", description="Object store: `s3://bucket[/prefix]`; empty: a folder in home.")
+    store_endpoint: str = Field("", description="Endpoint of the S3 store, such as `http://minio:9000`.")
+    store_access_key: str = Field("", description="Access key of the S3 store.")
+    store_secret_key: SecretStr = Field(SecretStr(""), description="Secret key of the S3 store.")
+    store_region: str = Field("us-east-1", description="Region of the S3 store.")
+    mlflow_tracking_uri: str = Field(
+        "",
+        validation_alias=AliasChoices("MLFLOW_TRACKING_URI", "LAWNWATCH_MLFLOW_TRACKING_URI", "mlflow_tracking_uri"),
+        description="MLflow server; empty: SQLite in home. Read from `MLFLOW_TRACKING_URI`.",
+    )
+    model_name: str = Field("lawnwatch", description="Name of the registered model.")
+    weights: str = Field(
+        "imagenet",
+        description="Where MobileNetV2 starts: `imagenet` (Keras downloads it), a weights file, or `none`.",
+    )
+    api_url: str = Field("http://127.0.0.1:8000", description="Where the web app and the rollout find the API.")
+    log_level: str = Field("INFO", description="Lowest level logged.")
+    log_json: bool | None = Field(None, description="JSON log lines; unset: when stderr is not a terminal.")
+    run_id: str = Field("", description="Bound to every log line; Airflow's tasks set it to the DAG run's id.")
+    fetch: FetchSettings = FetchSettings()
+    images: ImageSettings = ImageSettings()
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+    gate: GateSettings = GateSettings()
+    serving: ServingSettings = ServingSettings()
+
+    @model_validator(mode="after")
+    def _settle(self) -> Settings:
+        self.home = self.home.expanduser().absolute()
+        if not self.database_url.get_secret_value():
+            self.database_url = SecretStr(f"sqlite:///{self.home / 'catalog.db'}")
+        if not self.store_url:
+            self.store_url = f"file://{self.home / 'store'}"
+        if not self.mlflow_tracking_uri:
+            self.mlflow_tracking_uri = f"sqlite:///{self.home / 'mlflow.db'}"
+        self._refuse_known_passwords()
+        if self.environment == "production" and (self.fetch.allow_cidrs or self.fetch.origin_map):
+            raise ValueError(
+                "LAWNWATCH_FETCH__ALLOW_CIDRS and LAWNWATCH_FETCH__ORIGIN_MAP are for development only; "
+                "unset them, or set LAWNWATCH_ENVIRONMENT=development"
+            )
+        return self
+
+    def _refuse_known_passwords(self) -> None:
+        """The embedded mode has no passwords; every real server must have one that is not known to all."""
+        database = urlsplit(self.database_url.get_secret_value())
+        if not database.scheme.startswith("sqlite") and unquote(database.password or "").lower() in PLACEHOLDERS:
+            raise ValueError("LAWNWATCH_DATABASE_URL has a blank or well-known password; choose one of your own")
+        if self.store_url.startswith("s3://"):
+            if not self.store_endpoint:
+                raise ValueError("LAWNWATCH_STORE_URL names an S3 bucket; set LAWNWATCH_STORE_ENDPOINT to its server")
+            if self.store_secret_key.get_secret_value().lower() in PLACEHOLDERS:
+                raise ValueError("LAWNWATCH_STORE_SECRET_KEY is blank or well-known; choose one of your own")
+        elif not self.store_url.startswith("file://"):
+            raise ValueError(f"LAWNWATCH_STORE_URL must begin with s3:// or file://; received {self.store_url!r}")
+
+
+@lru_cache(maxsize=1)
+def get_settings() -> Settings:
+    """The settings of this process, read once.
+
+    Raises:
+        SettingsError: a setting is malformed, or unsafe in this environment; the message never holds its value.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        faults = "; ".join(
+            (("LAWNWATCH_" + "__".join(map(str, fault["loc"])).upper() + ": ") if fault["loc"] else "")
+            + fault["msg"].removeprefix("Value error, ")
+            for fault in error.errors(include_input=False, include_url=False)
+        )
+        raise SettingsError(
+            f"The settings are not usable: {faults}.", hint="docs/settings.md lists every setting."
+        ) from None
