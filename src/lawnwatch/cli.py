@@ -1,0 +1,432 @@
+"""`lawnwatch STEP …`: one command per step, the same for a person, for Airflow and for CI.
+
+Progress for people goes to stderr, one JSON object goes to stdout, and the exit code says what happened:
+
+0 done · 1 a fault of ours · 2 wrong input or settings · 3 the data cannot carry the step · 4 bytes are not what
+their hash says · 5 a server does not answer · 6 somebody else was first · 7 the rollout failed, the old model
+serves · 99 nothing to do · 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import click
+import typer
+from pydantic import BaseModel
+
+from lawnwatch import __version__, log
+from lawnwatch.catalog import Catalog
+from lawnwatch.config import Settings, get_settings
+from lawnwatch.errors import NOTHING_TO_DO, InputError, LawnwatchError
+from lawnwatch.store import ObjectStore, open_store
+
+app = typer.Typer(
+    help="From a table of labelled image URLs to a watched image-classification service. "
+    "One command per step; progress on stderr, one JSON object on stdout.",
+    epilog="Exit codes: 0 done, 1 internal, 2 wrong input or settings, 3 data cannot carry the step, "
+    "4 integrity, 5 server unavailable, 6 conflict, 7 rollout failed, 99 nothing to do, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+catalog_app = typer.Typer(
+    help="The image records: which pictures there are and what they show.", no_args_is_help=True
+)
+snapshot_app = typer.Typer(help="Immutable lists of images with their splits.", no_args_is_help=True)
+model_app = typer.Typer(help="Model versions, and which of them is champion.", no_args_is_help=True)
+rollout_app = typer.Typer(help="Which released model version is served.", no_args_is_help=True)
+app.add_typer(catalog_app, name="catalog")
+app.add_typer(snapshot_app, name="snapshot")
+app.add_typer(model_app, name="model")
+app.add_typer(rollout_app, name="rollout")
+
+
+# --- what every step shares ---------------------------------------------------------------------------------
+
+
+def progress(line: str) -> None:
+    """One line for people, on stderr."""
+    typer.echo(line, err=True)
+
+
+def emit(result: Any, *, exit_code: int = 0) -> NoReturn:
+    """Print the step's one JSON object on stdout, its message on stderr, and leave."""
+    document = as_json(result)
+    if isinstance(document, dict) and document.get("message"):
+        progress(str(document["message"]))
+    typer.echo(json.dumps(document, ensure_ascii=False, default=str))
+    raise typer.Exit(exit_code)
+
+
+def as_json(value: Any) -> Any:
+    """Dataclasses and pydantic models as plain JSON values; bytes never reach the terminal."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value) if f.repr}
+    if isinstance(value, dict):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    if isinstance(value, Iterable) and not isinstance(value, bytes | bytearray):
+        return [as_json(item) for item in value]
+    return str(value)
+
+
+def opened() -> tuple[Settings, Catalog, ObjectStore]:
+    """Settings, the migrated catalog and the object store: what almost every step needs."""
+    settings = get_settings()
+    settings.home.mkdir(parents=True, exist_ok=True)
+    catalog = Catalog(settings)
+    catalog.migrate()
+    return settings, catalog, open_store(settings)
+
+
+def opened_catalog() -> Catalog:
+    """The migrated catalog alone, for commands that touch no object."""
+    settings = get_settings()
+    settings.home.mkdir(parents=True, exist_ok=True)
+    catalog = Catalog(settings)
+    catalog.migrate()
+    return catalog
+
+
+def version_option(show: bool) -> None:
+    if show:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=version_option, is_eager=True, help="Print the version and leave."
+        ),
+    ] = False,
+) -> None:
+    settings = get_settings()
+    log.configure(level=settings.log_level, json=settings.log_json, run_id=settings.run_id)
+
+
+# --- catalog ------------------------------------------------------------------------------------------------
+
+
+@catalog_app.command("add", epilog="Example: lawnwatch catalog add https://example.org/lawn.jpg grass")
+def catalog_add(
+    url: Annotated[str, typer.Argument(help="Source URL, http or https.")],
+    label: Annotated[str, typer.Argument(help="What the picture shows.")],
+) -> None:
+    """Add one image record. Adding it again changes nothing; another label is reported as a conflict."""
+    outcome = opened_catalog().add(url, label)
+    message = {
+        "added": f"Added {url} as {label}.",
+        "unchanged": f"{url} is already in the catalog as {label}.",
+        "conflict": f"{url} is in the catalog under another label; nothing was changed. "
+        "`lawnwatch catalog relabel` changes it on purpose.",
+    }[outcome]
+    emit(
+        {"url": url, "label": label, "outcome": outcome, "message": message},
+        exit_code=6 if outcome == "conflict" else 0,
+    )
+
+
+@catalog_app.command("import", epilog="Example: lawnwatch catalog import urls.csv")
+def catalog_import(
+    file: Annotated[Path, typer.Argument(help="CSV with the header url,label, Parquet, or JSON lines.")],
+    source: Annotated[str, typer.Option(help="Recorded as the label's source.")] = "import",
+) -> None:
+    """Add many image records. Importing twice changes nothing; bad lines go to a reject file."""
+    emit(opened_catalog().import_file(file, source=source, on_progress=progress))
+
+
+@catalog_app.command("status", epilog="Example: lawnwatch catalog status")
+def catalog_status() -> None:
+    """How many image records there are, by state and by label."""
+    emit(opened_catalog().status())
+
+
+@catalog_app.command("show", epilog="Example: lawnwatch catalog show https://example.org/lawn.jpg")
+def catalog_show(image: Annotated[str, typer.Argument(help="Source URL or id of an image record.")]) -> None:
+    """Everything that is known of one image record."""
+    emit(opened_catalog().show(image))
+
+
+@catalog_app.command("retry", epilog="Example: lawnwatch catalog retry --state failed")
+def catalog_retry(
+    state: Annotated[
+        str, typer.Option(help="Which records to fetch again: failed, gone, blocked or quarantined.")
+    ] = "failed",
+) -> None:
+    """Make failed image records pending again, so that the next ingest fetches them."""
+    count = opened_catalog().retry(state)
+    emit({"retried": count, "message": f"{count} image record(s) in state {state} will be fetched again."})
+
+
+@catalog_app.command(
+    "relabel", epilog="Example: lawnwatch catalog relabel https://example.org/lawn.jpg dandelion"
+)
+def catalog_relabel(
+    image: Annotated[str, typer.Argument(help="Source URL or id of an image record.")],
+    label: Annotated[str, typer.Argument(help="What the picture really shows.")],
+) -> None:
+    """Change a label; the old one stays in the record's history."""
+    opened_catalog().relabel(image, label)
+    emit({"image": image, "label": label, "message": f"{image} is now labelled {label}."})
+
+
+# --- ingest and snapshot ------------------------------------------------------------------------------------
+
+
+@app.command("ingest", epilog="Example: lawnwatch ingest --labels dandelion,grass --limit 100")
+def ingest_command(
+    labels: Annotated[str, typer.Option(help="Only these labels, separated by commas.")] = "",
+    limit: Annotated[int | None, typer.Option(min=1, help="Fetch at most so many images.")] = None,
+) -> None:
+    """Fetch, validate and store every pending image of the catalog."""
+    from lawnwatch import ingest
+
+    settings, catalog, store = opened()
+    wanted = [label.strip() for label in labels.split(",") if label.strip()] or None
+    emit(ingest.run(settings, catalog, store, labels=wanted, limit=limit, progress=progress))
+
+
+@snapshot_app.command("create", epilog="Example: lawnwatch snapshot create")
+def snapshot_create() -> None:
+    """Freeze what is stored now as a snapshot. Exit code 99 when a snapshot already holds exactly that."""
+    from lawnwatch import dataset
+
+    snapshot = dataset.create_snapshot(*opened())
+    emit(snapshot.summary(), exit_code=0 if snapshot.created else NOTHING_TO_DO)
+
+
+@snapshot_app.command("list", epilog="Example: lawnwatch snapshot list")
+def snapshot_list() -> None:
+    """All snapshots, newest first."""
+    from lawnwatch import dataset
+
+    emit({"snapshots": dataset.list_snapshots(opened_catalog())})
+
+
+@snapshot_app.command("show", epilog="Example: lawnwatch snapshot show latest")
+def snapshot_show(
+    snapshot: Annotated[str, typer.Argument(help="Id, the beginning of one, or `latest`.")] = "latest",
+) -> None:
+    """One snapshot: its classes, its splits and how many images each holds."""
+    from lawnwatch import dataset
+
+    _, catalog, store = opened()
+    emit(dataset.load_snapshot(catalog, store, snapshot).summary())
+
+
+# --- train, evaluate, model ---------------------------------------------------------------------------------
+
+
+@app.command("train", epilog='Example: lawnwatch train --force --reason "new labels reviewed"')
+def train_command(
+    snapshot: Annotated[str, typer.Option(help="Snapshot id; the newest when left out.")] = "",
+    force: Annotated[
+        bool, typer.Option("--force", help="Train even when nothing that training reads has changed.")
+    ] = False,
+    reason: Annotated[
+        str, typer.Option(help="Why; recorded with the run, and required for a non-inferior promotion.")
+    ] = "",
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say whether there is anything to train on.")
+    ] = False,
+) -> None:
+    """Train the candidates on a snapshot and pick the best on the validation split."""
+    from lawnwatch import train
+
+    settings, catalog, store = opened()
+    if check:
+        emit(train.check(settings, catalog, store, snapshot_id=snapshot or None, force=force, reason=reason))
+    emit(
+        train.run(
+            settings,
+            catalog,
+            store,
+            snapshot_id=snapshot or None,
+            force=force,
+            reason=reason,
+            progress=progress,
+        )
+    )
+
+
+@app.command("evaluate", epilog="Example: lawnwatch evaluate --run 3f2a…")
+def evaluate_command(
+    run: Annotated[str, typer.Option(help="Id of the training run, as `lawnwatch train` printed it.")],
+) -> None:
+    """Measure a run on the frozen test split and decide: promote, reject or inconclusive."""
+    from lawnwatch import evaluate
+
+    emit(evaluate.run(*opened(), run, progress=progress))
+
+
+@model_app.command("list", epilog="Example: lawnwatch model list")
+def model_list() -> None:
+    """All model versions, newest first, with alias and verdict."""
+    from lawnwatch import registry
+
+    settings, catalog, _ = opened()
+    emit({"versions": registry.list_versions(settings, catalog)})
+
+
+@model_app.command("show", epilog="Example: lawnwatch model show champion")
+def model_show(version: Annotated[str, typer.Argument(help="Version number or alias.")] = "champion") -> None:
+    """One model version: metrics, verdict and lineage."""
+    from lawnwatch import registry
+
+    settings, catalog, _ = opened()
+    emit(registry.show(settings, catalog, version))
+
+
+@model_app.command("promote", epilog="Example: lawnwatch model promote --run 3f2a…")
+def model_promote(
+    run: Annotated[str, typer.Option(help="Id of the evaluated run; its verdict must say promote.")],
+) -> None:
+    """Register the run's model as a version and make it champion, if its verdict still holds."""
+    from lawnwatch import registry
+
+    settings, catalog, _ = opened()
+    emit(registry.promote(settings, catalog, run))
+
+
+@model_app.command("rollback", epilog="Example: lawnwatch model rollback && lawnwatch rollout undo")
+def model_rollback() -> None:
+    """Make the previous champion champion again."""
+    from lawnwatch import registry
+
+    settings, catalog, _ = opened()
+    emit(registry.rollback(settings, catalog))
+
+
+@app.command("release", epilog="Example: lawnwatch release --version 3")
+def release_command(
+    version: Annotated[str, typer.Option(help="Version number or alias.")] = "champion",
+) -> None:
+    """Build the bundle of a model version and publish it to the object store."""
+    from lawnwatch import release
+
+    emit(release.publish(*opened(), version, progress=progress))
+
+
+# --- rollout and serve --------------------------------------------------------------------------------------
+
+
+@rollout_app.command("start", epilog="Example: lawnwatch rollout start --version 3")
+def rollout_start(
+    version: Annotated[str, typer.Option(help="Version number or alias.")] = "champion",
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds until the API must serve it.")] = 60.0,
+) -> None:
+    """Point the service at a released version and wait until it serves it; else put the old one back."""
+    from lawnwatch import release, rollout
+
+    settings, catalog, store = opened()
+    released = release.find(settings, catalog, store, version)
+    emit(
+        rollout.target(settings, catalog, store).start(
+            rollout.ReleaseTarget.single(released.version, released.sha256),
+            timeout=timeout,
+            progress=progress,
+        )
+    )
+
+
+@rollout_app.command("status", epilog="Example: lawnwatch rollout status")
+def rollout_status() -> None:
+    """What the target says, and what the API serves."""
+    from lawnwatch import rollout
+
+    emit(rollout.target(*opened()).status())
+
+
+@rollout_app.command("history", epilog="Example: lawnwatch rollout history")
+def rollout_history() -> None:
+    """All rollouts, newest first."""
+    from lawnwatch import rollout
+
+    emit({"rollouts": rollout.target(*opened()).history()})
+
+
+@rollout_app.command("undo", epilog="Example: lawnwatch rollout undo")
+def rollout_undo(
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds until the API must serve it.")] = 60.0,
+) -> None:
+    """Serve the version that was served before the last completed rollout."""
+    from lawnwatch import rollout
+
+    emit(rollout.target(*opened()).undo(timeout=timeout, progress=progress))
+
+
+@app.command("serve", epilog="Example: lawnwatch serve --port 8000")
+def serve_command(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on.")] = None,
+) -> None:
+    """Answer POST /predict with the released model until a signal ends it."""
+    from lawnwatch.serving.app import run
+
+    settings = get_settings()
+    given = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    run(settings.model_copy(update={"serving": settings.serving.model_copy(update=given)}))
+
+
+# --- the program --------------------------------------------------------------------------------------------
+
+
+def fail(error: LawnwatchError) -> int:
+    """Say an error in one sentence on stderr and as JSON on stdout; return its exit code."""
+    progress(f"error: {error.message}")
+    if error.hint:
+        progress(f"  {error.hint}")
+    typer.echo(
+        json.dumps({"error": error.code, "message": error.message, "hint": error.hint}, ensure_ascii=False)
+    )
+    return error.exit_code
+
+
+def keep_traceback() -> str:
+    """Write the current traceback to a file in home and say where."""
+    folder = get_settings().home / "faults"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}.txt"
+    file.write_text(traceback.format_exc())
+    return f"Please report it with {file}."
+
+
+def main() -> None:
+    """Run the program; no traceback reaches a user but for a fault of ours."""
+    # A step that is told to stop ends as on Ctrl-C: context managers run, nothing stays half written.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code = app(standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        code = fail(InputError(error.format_message(), hint="`--help` shows the command's arguments."))
+    except LawnwatchError as error:
+        code = fail(error)
+    except (KeyboardInterrupt, click.Abort):
+        progress("interrupted; run the same command again to go on where it stopped")
+        code = 130
+    except Exception as error:  # noqa: BLE001: the edge of the program; the traceback is for us, not for the user
+        code = fail(
+            LawnwatchError(f"A fault of ours: {type(error).__name__}: {error}.", hint=keep_traceback())
+        )
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
