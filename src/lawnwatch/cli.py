@@ -2,9 +2,9 @@
 
 Progress for people goes to stderr, one JSON object goes to stdout, and the exit code says what happened:
 
-0 done · 1 a fault of ours · 2 wrong input or settings · 3 the data cannot carry the step · 4 bytes are not what
-their hash says · 5 a server does not answer · 6 somebody else was first · 7 the rollout failed, the old model
-serves · 99 nothing to do · 130 interrupted.
+0 done · 1 a fault of ours · 2 wrong input or settings · 3 the data cannot carry the step · 4 bytes are not
+what their hash says · 5 a server does not answer · 6 somebody else was first · 7 the rollout failed, the old
+model serves · 99 nothing to do · 130 interrupted.
 """
 
 from __future__ import annotations
@@ -421,7 +421,8 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         progress("interrupted; run the same command again to go on where it stopped")
         code = 130
-    except Exception as error:  # noqa: BLE001: the edge of the program; the traceback is for us, not for the user
+    # The edge of the program: the traceback is for us, not for the user.
+    except Exception as error:  # noqa: BLE001
         code = fail(
             LawnwatchError(f"A fault of ours: {type(error).__name__}: {error}.", hint=keep_traceback())
         )
