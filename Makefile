@@ -1,0 +1,86 @@
+# `make` alone lists what there is. The pinned packages go into .venv on first use.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.ONESHELL:
+.SHELLFLAGS := -euo pipefail -c
+PY := .venv/bin/python
+PYTEST := $(PY) -m pytest
+
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+# -- use it --------------------------------------------------------------------------------------------------
+
+.PHONY: demo
+demo: .venv-demo ## the whole road on this machine; PHOTOS=DIR plays a folder as the web, WEIGHTS=FILE names MobileNetV2 weights
+	@exec $(PY) infra/demo.py $(if $(PHOTOS),--photos "$(PHOTOS)") $(if $(WEIGHTS),--weights "$(WEIGHTS)")
+
+.PHONY: stop
+stop: ## end a demo that runs in another terminal or was left behind
+	@if [ -x $(PY) ]; then $(PY) infra/demo.py --stop; fi
+
+.PHONY: clean
+clean: stop ## delete what the demo and the tests made (var, var-samples, caches); .venv stays
+	rm -rf var var-samples .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage htmlcov
+
+# -- work on it ----------------------------------------------------------------------------------------------
+
+.PHONY: test
+test: .venv-dev ## every test, against real MariaDB, MinIO, MLflow, Airflow and Chromium (installs what is missing)
+	@infra/test-servers
+	$(PYTEST) --cov --cov-report=term:skip-covered $(ARGS)
+
+.PHONY: test-unit
+test-unit: .venv-dev ## the fast tests: no server, no browser
+	@$(PYTEST) -m unit $(ARGS)
+
+.PHONY: test-integration
+test-integration: .venv-dev ## the tests that start real servers
+	@infra/test-servers
+	$(PYTEST) -m integration $(ARGS)
+
+.PHONY: test-browser
+test-browser: .venv-dev ## the tests in a real Chromium
+	@infra/test-servers
+	$(PYTEST) -m e2e $(ARGS)
+
+.PHONY: lint
+lint: .venv-dev ## ruff (rules and format) and the import rules
+	@$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	.venv/bin/lint-imports
+
+.PHONY: format
+format: .venv-dev ## let ruff format the code and mend what it can
+	@$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+.PHONY: types
+types: .venv-dev ## mypy, strict
+	@$(PY) -m mypy
+
+.PHONY: bench
+bench: .venv-dev ## every benchmark in benchmarks/, one after the other
+	@for script in benchmarks/*.py; do echo "== $$script"; $(PY) "$$script"; done
+
+.PHONY: docs
+docs: .venv-dev ## write docs/settings.md and docs/cli.md from the code
+	@$(PY) infra/reference_docs.py
+
+# One resolution for all: the smaller sets take their versions from the largest.
+COMPILE = uv pip compile --quiet --generate-hashes --no-emit-index-url --no-annotate --python-version 3.11 \
+	--custom-compile-command "make requirements" pyproject.toml
+.PHONY: requirements
+requirements: ## pin all packages anew (needs uv)
+	@$(COMPILE) --upgrade --extra pipeline --extra serving --extra webapp --group dev -o requirements/dev.txt
+	$(COMPILE) -c requirements/dev.txt --extra pipeline --extra serving --extra webapp -o requirements/demo.txt
+	for set in pipeline serving webapp; do
+	  $(COMPILE) -c requirements/dev.txt --extra $$set -o requirements/$$set.txt
+	done
+
+.PHONY: .venv-demo .venv-dev
+.venv-demo:
+	@infra/install demo
+.venv-dev:
+	@infra/install dev

@@ -1,0 +1,361 @@
+"""Fixtures that the whole suite shares: settings in a folder of their own, photographs, and real servers.
+
+A server whose program is missing fails the tests that need it: `infra/test-servers` installs them all.
+Servers start once a session; a test that must break one asks for a private one (`start_mariadb`, `start_minio`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import http.server
+import importlib.util
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from lawnwatch import config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_script(path: str) -> ModuleType:
+    """Import a script of the repository, such as `infra/samples.py`, which no package holds."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# ── settings and data ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No setting of the developer's shell reaches a test, except what is meant for tests."""
+    for name in list(os.environ):
+        if name == "MLFLOW_TRACKING_URI" or (
+            name.startswith("LAWNWATCH_")
+            and not name.startswith("LAWNWATCH_TEST_")
+            and name != "LAWNWATCH_WEIGHTS"
+        ):
+            monkeypatch.delenv(name)
+    config.get_settings.cache_clear()
+    yield
+    config.get_settings.cache_clear()
+
+
+@pytest.fixture
+def settings(tmp_path: Path, weights: str) -> config.Settings:
+    """The embedded mode in a folder of its own."""
+    return config.Settings(home=tmp_path / "home", weights=weights)
+
+
+@pytest.fixture(scope="session")
+def weights() -> str:
+    """LAWNWATCH_WEIGHTS, or `none`: a test never downloads."""
+    return os.environ.get("LAWNWATCH_WEIGHTS") or "none"
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `<label>/*.jpg`: real photographs from LAWNWATCH_TEST_PHOTOS, else drawn samples."""
+    folder = os.environ.get("LAWNWATCH_TEST_PHOTOS")
+    if folder:
+        path = Path(folder).resolve()
+        assert any(path.glob("*/*.jpg")), f"LAWNWATCH_TEST_PHOTOS={folder} holds no <label>/*.jpg"
+        return path
+    drawn: Path = load_script("infra/samples.py").draw(tmp_path_factory.mktemp("photos"))
+    return drawn
+
+
+@pytest.fixture(scope="session")
+def photo_web(photos: Path) -> Iterator[str]:
+    """The photos on loopback, at `<photo_web>/<label>/<file>`; fetching needs allow_cidrs=["127.0.0.0/8"]."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(photos)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+
+
+# ── processes ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def program(name: str, *places: str) -> str:
+    """The path of a program, or a failure that says how to get it."""
+    for place in (*places, name, f"/usr/sbin/{name}"):
+        if found := shutil.which(place):
+            return found
+    pytest.fail(f"{name} is not installed; run infra/test-servers", pytrace=False)
+
+
+def _die_with_parent() -> None:
+    """A killed test run leaves no server behind (Linux; elsewhere the fixtures' own clean-up must do)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+
+
+@dataclass
+class Server:
+    """A process that a test started, with its log; `stop` and `start` may be used to break and mend it."""
+
+    argv: list[str]
+    ready: Callable[[], bool]
+    log: Path
+    env: dict[str, str] = field(default_factory=dict)
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self, deadline: float = 90.0) -> Server:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.argv,
+                env=os.environ | self.env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+        end = time.monotonic() + deadline
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                break
+            if self.ready():
+                return self
+            time.sleep(0.1)
+        state = (
+            f"ended with {self.process.returncode}" if self.process.poll() is not None else "did not answer"
+        )
+        self.stop()
+        pytest.fail(f"{self.argv[0]} {state}:\n{self.log.read_text(errors='replace')[-3000:]}", pytrace=False)
+
+    def stop(self, sig: int = signal.SIGTERM) -> None:
+        if self.process is None:
+            return
+        for each in (sig, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, each)
+            except ProcessLookupError:
+                break
+            try:
+                self.process.wait(timeout=20)
+                break
+            except subprocess.TimeoutExpired:
+                continue
+        self.process = None
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+# ── MariaDB ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class MariaDb:
+    """A real server on loopback; `fresh()` gives the URL of a new, empty database."""
+
+    server: Server
+    port: int
+    password: str
+
+    def fresh(self, prefix: str = "lawnwatch") -> str:
+        import pymysql
+
+        name = f"{prefix}_{secrets.token_hex(4)}"
+        with (
+            pymysql.connect(
+                host="127.0.0.1", port=self.port, user="lawnwatch", password=self.password
+            ) as connection,
+            connection.cursor() as cursor,
+        ):
+            cursor.execute(f"CREATE DATABASE {name} CHARACTER SET utf8mb4 COLLATE utf8mb4_unicode_ci")
+        return f"mysql+pymysql://lawnwatch:{self.password}@127.0.0.1:{self.port}/{name}"
+
+
+def _start_mariadb(folder: Path) -> MariaDb:
+    import pymysql
+
+    daemon, install = program("mariadbd"), program("mariadb-install-db")
+    user = ["--user=root"] if os.geteuid() == 0 else []
+    data, port, password = folder / "data", free_port(), secrets.token_urlsafe(18)
+    subprocess.run(
+        [install, "--no-defaults", f"--datadir={data}", "--auth-root-authentication-method=normal", *user,
+         "--skip-test-db"],
+        check=True,
+        capture_output=True,
+    )  # fmt: skip
+    accounts = folder / "accounts.sql"  # one statement a line: all that --init-file reads
+    accounts.write_text(
+        f"CREATE USER lawnwatch@'127.0.0.1' IDENTIFIED BY '{password}';\n"
+        "GRANT ALL ON *.* TO lawnwatch@'127.0.0.1';\n"
+        "ALTER USER root@localhost IDENTIFIED BY '" + secrets.token_urlsafe(18) + "';\n"
+    )
+    # The socket is in /tmp: its path may hold about 100 characters, and pytest's folders can be longer.
+    argv = [
+        daemon, "--no-defaults", f"--datadir={data}", f"--port={port}", "--bind-address=127.0.0.1", *user,
+        f"--socket=/tmp/lawnwatch-{port}.sock", "--skip-name-resolve", "--innodb-buffer-pool-size=64M",
+        "--innodb-flush-log-at-trx-commit=2", f"--pid-file={folder / 'mariadbd.pid'}",
+    ]  # fmt: skip
+
+    def ready() -> bool:
+        try:
+            pymysql.connect(
+                host="127.0.0.1", port=port, user="lawnwatch", password=password, connect_timeout=2
+            ).close()
+        except pymysql.Error:
+            return False
+        return True
+
+    server = Server([*argv, f"--init-file={accounts}"], ready, folder / "log").start()
+    server.argv = argv  # the accounts exist now
+    return MariaDb(server, port, password)
+
+
+@pytest.fixture(scope="session")
+def mariadb_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MariaDb]:
+    """The session's MariaDB; leave it running."""
+    mariadb = _start_mariadb(tmp_path_factory.mktemp("mariadb"))
+    yield mariadb
+    mariadb.server.stop()
+
+
+@pytest.fixture
+def mariadb(mariadb_server: MariaDb) -> str:
+    """`mysql+pymysql://…` of a new, empty database."""
+    return mariadb_server.fresh()
+
+
+@pytest.fixture
+def start_mariadb(tmp_path: Path) -> Iterator[Callable[[], MariaDb]]:
+    """Start a private MariaDB that the test may stop, freeze or kill."""
+    started: list[MariaDb] = []
+
+    def start() -> MariaDb:
+        folder = tmp_path / f"mariadb{len(started)}"
+        folder.mkdir()
+        started.append(_start_mariadb(folder))
+        return started[-1]
+
+    yield start
+    for mariadb in started:
+        mariadb.server.stop(signal.SIGKILL)
+
+
+# ── MinIO ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Minio:
+    """A real S3 server on loopback; choose a bucket name of your own."""
+
+    server: Server
+    endpoint: str
+    access_key: str
+    secret_key: str
+
+    def settings(self, bucket: str = "") -> dict[str, str]:
+        """Keyword arguments of `Settings` for a bucket (a new one unless named)."""
+        return {
+            "store_url": f"s3://{bucket or 'bucket-' + secrets.token_hex(4)}",
+            "store_endpoint": self.endpoint,
+            "store_access_key": self.access_key,
+            "store_secret_key": self.secret_key,
+        }
+
+
+def _start_minio(folder: Path) -> Minio:
+    binary = program(
+        "minio", os.environ.get("LAWNWATCH_TEST_MINIO", ""), str(Path.home() / ".cache/lawnwatch/bin/minio")
+    )
+    port, access, secret = free_port(), "lawnwatch-tests", secrets.token_urlsafe(18)
+    server = Server(
+        [binary, "server", str(folder / "data"), "--address", f"127.0.0.1:{port}", "--quiet"],
+        partial(_answers, f"http://127.0.0.1:{port}/minio/health/live"),
+        folder / "log",
+        {"MINIO_ROOT_USER": access, "MINIO_ROOT_PASSWORD": secret, "MINIO_BROWSER": "off"},
+    ).start()
+    return Minio(server, f"http://127.0.0.1:{port}", access, secret)
+
+
+@pytest.fixture(scope="session")
+def minio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Minio]:
+    """The session's MinIO; leave it running."""
+    minio = _start_minio(tmp_path_factory.mktemp("minio"))
+    yield minio
+    minio.server.stop()
+
+
+@pytest.fixture
+def start_minio(tmp_path: Path) -> Iterator[Callable[[], Minio]]:
+    """Start a private MinIO that the test may stop, freeze or kill."""
+    started: list[Minio] = []
+
+    def start() -> Minio:
+        folder = tmp_path / f"minio{len(started)}"
+        folder.mkdir()
+        started.append(_start_minio(folder))
+        return started[-1]
+
+    yield start
+    for minio in started:
+        minio.server.stop(signal.SIGKILL)
+
+
+# ── MLflow and the browser ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a real MLflow server that stores on SQLite and serves artifacts."""
+    folder, port = tmp_path_factory.mktemp("mlflow"), free_port()
+    server = Server(
+        [sys.executable, "-m", "mlflow", "server", "--workers", "1",
+         "--host", "127.0.0.1", "--port", str(port),
+         "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}",
+         "--artifacts-destination", f"file://{folder / 'artifacts'}"],
+        partial(_answers, f"http://127.0.0.1:{port}/health"),
+        folder / "log",
+        {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+    ).start()  # fmt: skip
+    yield f"http://127.0.0.1:{port}"
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The path of a real Chromium."""
+    return program("chromium", "chromium-browser", "google-chrome")
