@@ -1,7 +1,7 @@
 """Fixtures that the whole suite shares: settings in a folder of their own, photographs, and real servers.
 
 A server whose program is missing fails the tests that need it: `infra/test-servers` installs them all.
-Servers start once a session; a test that must break one asks for a private one (`start_mariadb`, `start_minio`).
+Servers start once a session; a test that must break one asks for its own (`start_mariadb`, `start_minio`).
 """
 
 from __future__ import annotations
