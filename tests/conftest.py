@@ -46,6 +46,12 @@ def load_script(path: str) -> ModuleType:
 # ── settings and data ───────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.fixture(scope="session", autouse=True)
+def airflow_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Importing Airflow writes its configuration to AIRFLOW_HOME; never to the developer's own."""
+    os.environ["AIRFLOW_HOME"] = str(tmp_path_factory.mktemp("airflow"))
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No setting of the developer's shell reaches a test, except what is meant for tests."""
