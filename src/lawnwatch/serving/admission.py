@@ -1,0 +1,296 @@
+"""Who gets in, decided before a body is read.
+
+A request to a guarded path passes three doors. At its head: is there a model, is the process staying, is the
+declared length allowed, is there a place? While its body arrives: bytes, time and the memory of all bodies
+together are bounded. Then it waits for a thread. Places are `threads + queue`; one more is refused at once
+with 503 and Retry-After, which keeps the accepted ones fast.
+
+A body that takes longer than a second to arrive gives its place back and stands in a separate, bounded line
+of slow senders, so that slow senders cannot take the service away from the others; it takes a place again
+when it is whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from lawnwatch.errors import LawnwatchError, NoModel, Overloaded, Unavailable
+from lawnwatch.serving import problems, uploads
+from lawnwatch.serving.metrics import Metrics
+from lawnwatch.serving.problems import BodyTooLarge, BodyTooSlow
+
+PATIENCE = 1.0  # seconds until a sender counts as slow
+SLOW_SENDERS = 64
+BODY_MEMORY = 256_000_000  # bytes of all bodies that are held at once
+MULTIPART_ROOM = 65_536  # bytes that a form may have around its picture
+
+T = TypeVar("T")
+
+
+class Draining(Unavailable):
+    """The process is ending; another one takes over."""
+
+    code = "draining"
+
+
+class ClientGone(Exception):
+    """The client closed the connection; nobody waits for an answer."""
+
+
+@dataclass
+class Admission:
+    """The places, and what is known of how fast they become free.
+
+    Attributes:
+        places: requests that may be under way or waiting for a thread.
+        taken: places in use.
+        slow: senders whose body takes its time.
+        held: bytes of bodies in memory.
+        service_seconds: moving average of the time a thread works on a request.
+    """
+
+    threads: int
+    places: int
+    taken: int = 0
+    slow: int = 0
+    held: int = 0
+    service_seconds: float = 0.02
+    draining: bool = False
+    metrics: Metrics = field(default_factory=Metrics)
+
+    def refuse(self, reason: str, error: LawnwatchError) -> LawnwatchError:
+        """Count a refusal and hand back its error."""
+        self.metrics.refused.labels(reason).inc()
+        return error
+
+    def enter(self) -> None:
+        """Take a place. Raises Overloaded when there is none."""
+        if self.taken >= self.places:
+            wait = max(1, min(30, math.ceil(self.taken * self.service_seconds / self.threads)))
+            raise self.refuse(
+                "queue_full",
+                Overloaded(
+                    f"All {self.places} places are taken.",
+                    hint=f"Try again in {wait} s; sending more at once makes no answer come sooner.",
+                    retry_after=wait,
+                ),
+            )
+        self.taken += 1
+
+    def leave(self) -> None:
+        """Give a place back."""
+        self.taken -= 1
+
+    def worked(self, seconds: float) -> None:
+        """Learn how long a thread worked on a request."""
+        self.service_seconds += 0.05 * (seconds - self.service_seconds)
+
+
+class AdmissionMiddleware:
+    """The three doors, as ASGI middleware around the guarded paths.
+
+    Puts into `scope["state"]`: `body` (bytes), `deadline` (loop time), `arrived` (perf_counter at the head)
+    and `body_seconds`.
+
+    Args:
+        guarded: paths whose POST bodies hold pictures.
+        check: raises NoModel when nothing can be answered.
+        max_picture: largest picture, bytes.
+        timeout: seconds for the whole request.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        admission: Admission,
+        guarded: frozenset[str],
+        check: Callable[[], object],
+        max_picture: int,
+        timeout: float,
+    ) -> None:
+        self._app = app
+        self._admission = admission
+        self._guarded = guarded
+        self._check = check
+        self._max_body = max_picture + MULTIPART_ROOM
+        self._max_picture = max_picture
+        self._timeout = timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in self._guarded:
+            await self._app(scope, receive, send)
+            return
+        sender = _Sender(self._admission)
+        try:
+            self._at_the_head(scope)
+            sender.enter()
+            state = scope.setdefault("state", {})
+            state["arrived"] = time.perf_counter()
+            state["deadline"] = asyncio.get_running_loop().time() + self._timeout
+            state["body"] = await self._body(receive, sender)
+            sender.whole()
+            state["body_seconds"] = time.perf_counter() - state["arrived"]
+            await self._app(scope, receive, send)
+        except LawnwatchError as error:
+            response = problems.of(error)
+            if _header(scope, b"expect"):
+                # The body was announced and never asked for: the connection has no clear next request.
+                response.headers["Connection"] = "close"
+            await response(scope, receive, send)
+        finally:
+            sender.leave()
+
+    def _at_the_head(self, scope: Scope) -> None:
+        if self._admission.draining:
+            raise self._admission.refuse("draining", Draining("This server is ending.", hint="Try again."))
+        try:
+            self._check()
+        except NoModel as error:
+            raise self._admission.refuse("no_model", error) from None
+        try:
+            uploads.media_type(_header(scope, b"content-type"))
+        except LawnwatchError as error:
+            raise self._admission.refuse("media", error) from None
+        length = _header(scope, b"content-length")
+        if length.isascii() and length.isdigit() and (len(length) > 15 or int(length) > self._max_body):
+            raise self._too_large()
+
+    async def _body(self, receive: Receive, sender: _Sender) -> bytes:
+        pieces: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self._timeout):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        self._admission.metrics.refused.labels("gone").inc()
+                        raise ClientGone
+                    piece = message.get("body", b"")
+                    size += len(piece)
+                    if size > self._max_body:
+                        raise self._too_large()
+                    sender.hold(len(piece))
+                    pieces.append(piece)
+                    if not message.get("more_body", False):
+                        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        except TimeoutError:
+            raise self._admission.refuse(
+                "too_slow",
+                BodyTooSlow(
+                    f"The body did not arrive within {self._timeout:.0f} s; {size} bytes came.",
+                    hint="Send a smaller picture or use a faster connection.",
+                ),
+            ) from None
+
+    def _too_large(self) -> LawnwatchError:
+        return self._admission.refuse(
+            "too_large",
+            BodyTooLarge(
+                f"The body is larger than the {self._max_picture} bytes that a picture may have.",
+                hint="Send a smaller file.",
+            ),
+        )
+
+
+class _Sender:
+    """One request's hold on places and memory."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self._held = 0
+        self._placed = False
+        self._slow = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def enter(self) -> None:
+        self._admission.enter()
+        self._placed = True
+        self._timer = asyncio.get_running_loop().call_later(PATIENCE, self._is_slow)
+
+    def _is_slow(self) -> None:
+        # With the slow line full the sender keeps its place: then it is bounded by the request's time alone.
+        if self._placed and self._admission.slow < SLOW_SENDERS:
+            self._admission.leave()
+            self._placed = False
+            self._slow = True
+            self._admission.slow += 1
+
+    def hold(self, count: int) -> None:
+        if self._admission.held + count > BODY_MEMORY:
+            raise self._admission.refuse(
+                "memory", Overloaded("Too many large bodies at once.", hint="Try again.", retry_after=2)
+            )
+        self._held += count
+        self._admission.held += count
+
+    def whole(self) -> None:
+        """The body is whole: a slow sender takes a place again, or is refused."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._slow:
+            self._slow = False
+            self._admission.slow -= 1
+            self._admission.enter()
+            self._placed = True
+
+    def leave(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._placed:
+            self._admission.leave()
+        if self._slow:
+            self._admission.slow -= 1
+        self._admission.held -= self._held
+
+
+async def in_thread(pool: Executor, receive: Receive, deadline: float, work: Callable[[], T]) -> T:
+    """Run `work` in the pool; give it up while it still waits for a thread and nobody waits for it.
+
+    Args:
+        receive: the request's, whose body was read: what it returns next is the disconnect.
+        deadline: loop time after which work that has not begun is given up.
+
+    Raises:
+        ClientGone: the client went away.
+        Overloaded: no thread became free before the deadline.
+    """
+    job = pool.submit(work)
+    done: asyncio.Future[T] = asyncio.wrap_future(job)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        left = max(0.0, deadline - asyncio.get_running_loop().time())
+        await asyncio.wait({done, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        if done.done():
+            return done.result()
+        if not job.cancel():  # it is running: let it end, its thread is not free before that
+            await asyncio.wait({done})
+        if gone.done():
+            raise ClientGone
+        if job.cancelled():
+            raise Overloaded("No thread became free in time.", hint="Try again.", retry_after=2)
+        return done.result()
+    finally:
+        gone.cancel()
+
+
+async def _disconnected(receive: Callable[[], Awaitable[object]]) -> None:
+    while True:
+        message = await receive()
+        if isinstance(message, dict) and message.get("type") == "http.disconnect":
+            return
+
+
+def _header(scope: Scope, name: bytes) -> str:
+    for key, value in scope["headers"]:
+        if key == name:
+            return bytes(value).decode("latin-1")
+    return ""

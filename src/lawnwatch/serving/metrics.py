@@ -1,0 +1,113 @@
+"""Prometheus metrics, in a registry of the app's own.
+
+Labels come from closed sets only: route templates, known methods, status codes, our classes, our reasons.
+    Whatever a client invents ends up as `other`, so the number of series does not depend on clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+STAGES = ("body", "queue", "decode", "infer")
+REFUSALS = ("queue_full", "no_model", "draining", "too_large", "too_slow", "memory", "media", "gone")
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_SHARES = tuple(step / 20 for step in range(1, 20))
+_BYTES = (1e3, 5e3, 1e4, 5e4, 1e5, 5e5, 1e6, 5e6, 1e7, 2e7)
+
+
+disable_created_metrics()  # a second series beside each counter, which nobody reads
+
+
+class Metrics:
+    """All series of one API process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self.registry)
+        on = {"registry": self.registry}
+        self.requests = Counter(
+            "lawnwatch_http_requests", "Requests answered.", ["route", "method", "status"], **on
+        )
+        self.request_seconds = Histogram(
+            "lawnwatch_http_request_seconds", "Time to answer.", ["route"], buckets=_SECONDS, **on
+        )
+        self.in_flight = Gauge("lawnwatch_http_requests_in_flight", "Requests under way.", **on)
+        self.stage_seconds = Histogram(
+            "lawnwatch_predict_stage_seconds", "Time in a stage.", ["stage"], buckets=_SECONDS, **on
+        )
+        self.refused = Counter(
+            "lawnwatch_predict_refused", "Predictions not begun, by reason.", ["reason"], **on
+        )
+        self.predictions = Counter(
+            "lawnwatch_predictions", "Answers, by label and model version.", ["label", "version"], **on
+        )
+        self.confidence = Histogram(
+            "lawnwatch_prediction_confidence_ratio", "Confidence.", buckets=_SHARES, **on
+        )
+        self.unknown_score = Histogram(
+            "lawnwatch_prediction_unknown_score_ratio",
+            "Unknown score over its threshold; 1 and more is unknown.",
+            buckets=(0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0),
+            **on,
+        )
+        self.brightness = Histogram(
+            "lawnwatch_input_brightness_ratio", "Mean brightness of pictures.", buckets=_SHARES, **on
+        )
+        self.input_bytes = Histogram("lawnwatch_input_bytes", "Size of pictures.", buckets=_BYTES, **on)
+        self.model_rejections = Counter("lawnwatch_model_rejections", "Bundles refused at load.", **on)
+        for stage in STAGES:
+            self.stage_seconds.labels(stage)
+        for reason in REFUSALS:
+            self.refused.labels(reason)
+
+    def observe(self, families: Callable[[], Iterable[Metric]]) -> None:
+        """Add series whose values are asked for at each scrape."""
+        self.registry.register(_Asked(families))
+
+    def render(self) -> bytes:
+        """The text exposition format."""
+        return generate_latest(self.registry)
+
+
+class _Asked(Collector):
+    def __init__(self, families: Callable[[], Iterable[Metric]]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families()
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+
+def gauge(name: str, text: str, value: float | None = None, labels: dict[str, str] | None = None) -> Metric:
+    """A gauge with one value; without a value it has no sample."""
+    family = GaugeMetricFamily(name, text, labels=list(labels or {}))
+    if value is not None:
+        family.add_metric(list((labels or {}).values()), value)
+    return family
+
+
+def counter(name: str, text: str, values: dict[str, float] | float, label: str = "") -> Metric:
+    """A counter with one value, or one for each value of a label."""
+    family = CounterMetricFamily(name, text, labels=[label] if label else [])
+    for key, value in values.items() if isinstance(values, dict) else [("", values)]:
+        family.add_metric([key] if label else [], value)
+    return family

@@ -1,0 +1,152 @@
+"""From the bytes of a picture to an answer, with a bundle that has proven itself on this machine."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from lawnwatch import images
+from lawnwatch.bundle import (
+    MODEL,
+    MODEL_CARD,
+    Bundle,
+    GoldenReport,
+    Graph,
+    UnknownDetector,
+    check_golden,
+    probabilities,
+)
+from lawnwatch.errors import IntegrityError
+
+UNKNOWN_LABEL = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model says of one picture.
+
+    Attributes:
+        label: the likeliest class, or "unknown".
+        confidence: calibrated probability of the likeliest class, unknown or not.
+        unknown_score: None when the bundle has no detector.
+        embedding: little-endian float16 bytes of the embedding.
+        brightness, sharpness: of the decoded picture, see `images`.
+        decode_seconds, infer_seconds: time spent.
+    """
+
+    label: str
+    confidence: float
+    probabilities: dict[str, float]
+    unknown_score: float | None
+    image: images.ImageInfo
+    embedding: bytes
+    brightness: float
+    sharpness: float
+    decode_seconds: float
+    infer_seconds: float
+
+
+class Predictor:
+    """A bundle, ready to answer from several threads, each with a graph of its own.
+
+    Args:
+        bundle: a bundle whose hashes were verified.
+        threads: how many may predict at once.
+        max_pixels: largest picture, decided before decoding.
+
+    Raises:
+        IntegrityError: the graph is not what the manifest says, or cannot reproduce the golden answers here.
+    """
+
+    def __init__(self, bundle: Bundle, *, threads: int, max_pixels: int) -> None:
+        self.bundle = bundle
+        self.manifest = bundle.manifest
+        self._max_pixels = max_pixels
+        self._classes = bundle.manifest.classes
+        self._detector = UnknownDetector.of(bundle)
+        model = bundle.bytes_of(MODEL)
+        first = Graph(model, classes=len(self._classes))
+        self._size = first.size
+        self._graphs: queue.SimpleQueue[Graph] = queue.SimpleQueue()
+        self._graphs.put(first)
+        self.golden = self._prove()
+        for _ in range(threads - 1):
+            self._graphs.put(Graph(model, classes=len(self._classes)))
+
+    @property
+    def version(self) -> int:
+        """The model version."""
+        return self.manifest.model_version
+
+    @property
+    def sha256(self) -> str:
+        """The bundle's name."""
+        return self.bundle.sha256
+
+    @property
+    def model_card(self) -> str:
+        """The model card, Markdown; empty when the bundle has none."""
+        if MODEL_CARD not in self.bundle.files:
+            return ""
+        return self.bundle.bytes_of(MODEL_CARD).decode("utf-8", "replace")
+
+    def answer(self, data: bytes) -> Answer:
+        """Answer for one picture file.
+
+        Raises:
+            UnsupportedMedia, ImageTooLarge, ImageError: not a picture that can be used.
+        """
+        started = time.perf_counter()
+        info = images.inspect(data, max_pixels=self._max_pixels)
+        rgb = images.decode(data, size=self._size, max_pixels=self._max_pixels)
+        decoded = time.perf_counter()
+        with self._graph() as graph:
+            outputs = graph(rgb)
+            shares = probabilities(outputs.logits, self.manifest.temperature)
+            score = self._detector.score(outputs) if self._detector is not None else None
+        inferred = time.perf_counter()
+        best = int(shares.argmax())
+        unknown = score is not None and self._detector is not None and score >= self._detector.spec.threshold
+        return Answer(
+            label=UNKNOWN_LABEL if unknown else self._classes[best],
+            confidence=float(shares[best]),
+            probabilities={name: float(share) for name, share in zip(self._classes, shares, strict=True)},
+            unknown_score=score,
+            image=info,
+            embedding=outputs.embedding.astype("<f2").tobytes(),
+            brightness=images.brightness(rgb),
+            sharpness=images.sharpness(rgb),
+            decode_seconds=decoded - started,
+            infer_seconds=inferred - decoded,
+        )
+
+    def _prove(self) -> GoldenReport:
+        """Recompute the golden answers here, by the road that requests take."""
+        report = check_golden(self.bundle, lambda data: self.answer(data).probabilities)
+        if not report.ok:
+            raise IntegrityError(
+                f"bundle {self.sha256[:12]} does not reproduce its golden answers here: "
+                f"{report.worst} differs by {report.max_error:.4f}, {self.manifest.tolerance} is allowed.",
+                hint="Release the model again; the bundle before it goes on serving.",
+            )
+        noise = np.random.default_rng(0).integers(0, 256, (self._size, self._size, 3), dtype=np.uint8)
+        with self._graph() as graph:
+            if np.array_equal(graph(noise).logits, graph(np.zeros_like(noise)).logits):
+                raise IntegrityError(
+                    f"bundle {self.sha256[:12]} answers the same whatever the picture shows.",
+                    hint="Train and release again.",
+                )
+        return report
+
+    @contextmanager
+    def _graph(self) -> Iterator[Graph]:
+        graph = self._graphs.get()
+        try:
+            yield graph
+        finally:
+            self._graphs.put(graph)

@@ -1,0 +1,146 @@
+"""uvicorn, with what it lacks: a time limit for request heads, and an end that drains and exits with 0."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from lawnwatch.errors import SettingsError
+
+HEAD_SECONDS = 10.0  # from a connection, or a request's first byte, to the end of its headers
+LINGER_SECONDS = 3.0  # an answered request may go on sending for so long before the connection is cut
+KEEP_ALIVE_SECONDS = 30
+MAX_HEAD_BYTES = 65_536
+
+
+class TimedProtocol(HttpToolsProtocol):
+    """Closes connections that never finish a request's head, or that keep sending after the answer."""
+
+    _clock: asyncio.TimerHandle | None = None
+    _in_message = False
+    _head_bytes = 0
+    _in_head = True
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._arm(HEAD_SECONDS)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_head:
+            self._head_bytes += len(data)
+            # A head of endless headers; the first piece of a body may be in the same bytes, hence the room.
+            if self._head_bytes > MAX_HEAD_BYTES + 262_144:
+                self.transport.abort()
+                return
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_message = self._in_head = True
+        self._head_bytes = 0
+        self._arm(HEAD_SECONDS)
+
+    def on_headers_complete(self) -> None:
+        self._disarm()
+        self._in_head = False
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_message = False
+        self._disarm()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._in_message and not self.transport.is_closing():
+            self._arm(LINGER_SECONDS)
+
+    def _arm(self, seconds: float) -> None:
+        self._disarm()
+        self._clock = self.loop.call_later(seconds, self._cut)
+
+    def _disarm(self) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None
+
+    def _cut(self) -> None:
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.abort()
+
+
+class Server(uvicorn.Server):
+    """Ends in steps: not ready; `drain_seconds` later no new connections; what is under way; exit 0."""
+
+    def __init__(self, config: uvicorn.Config, *, drain_seconds: float, on_drain: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._drain_seconds = drain_seconds
+        self._on_drain = on_drain
+        self._ends_at: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: drain; second: at once. It is not raised again: being told to end is no failure."""
+        if self._ends_at is None:
+            self._on_drain()
+            self._ends_at = time.monotonic() + self._drain_seconds
+        else:
+            self._ends_at = time.monotonic()
+            self.force_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called every 0.1 s; True ends the main loop."""
+        if self._ends_at is not None and time.monotonic() >= self._ends_at:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket, so that a taken port is said in a sentence.
+
+    Raises:
+        SettingsError: the address cannot be listened on.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        taken = error.errno == errno.EADDRINUSE
+        raise SettingsError(
+            f"The API cannot listen on {host}:{port}: {'the port is taken' if taken else error.strerror}.",
+            hint="Choose another with --port or LAWNWATCH_SERVING__PORT.",
+        ) from error
+    return sock
+
+
+def config(app: Any, *, graceful_seconds: float) -> uvicorn.Config:
+    """uvicorn's settings for this API."""
+    return uvicorn.Config(
+        app,
+        http=TimedProtocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,  # lawnwatch.log has set up logging; uvicorn's lines go the same way
+        log_level="error",  # a line for every malformed request would be a gift to an attacker
+        access_log=False,
+        server_header=False,
+        date_header=True,
+        proxy_headers=False,
+        backlog=2048,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=max(1, round(graceful_seconds)),
+    )
