@@ -39,9 +39,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-catalog_app = typer.Typer(
-    help="The image records: which pictures there are and what they show.", no_args_is_help=True
-)
+catalog_app = typer.Typer(help="The image records: which pictures there are and what they show.", no_args_is_help=True)
 snapshot_app = typer.Typer(help="Immutable lists of images with their splits.", no_args_is_help=True)
 model_app = typer.Typer(help="Model versions, and which of them is champion.", no_args_is_help=True)
 rollout_app = typer.Typer(help="Which released model version is served.", no_args_is_help=True)
@@ -111,9 +109,7 @@ def version_option(show: bool) -> None:
 def start(
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", callback=version_option, is_eager=True, help="Print the version and leave."
-        ),
+        typer.Option("--version", callback=version_option, is_eager=True, help="Print the version and leave."),
     ] = False,
 ) -> None:
     settings = get_settings()
@@ -174,9 +170,7 @@ def catalog_retry(
     emit({"retried": count, "message": f"{count} image record(s) in state {state} will be fetched again."})
 
 
-@catalog_app.command(
-    "relabel", epilog="Example: lawnwatch catalog relabel https://example.org/lawn.jpg dandelion"
-)
+@catalog_app.command("relabel", epilog="Example: lawnwatch catalog relabel https://example.org/lawn.jpg dandelion")
 def catalog_relabel(
     image: Annotated[str, typer.Argument(help="Source URL or id of an image record.")],
     label: Annotated[str, typer.Argument(help="What the picture really shows.")],
@@ -242,9 +236,7 @@ def train_command(
     reason: Annotated[
         str, typer.Option(help="Why; recorded with the run, and required for a non-inferior promotion.")
     ] = "",
-    check: Annotated[
-        bool, typer.Option("--check", help="Only say whether there is anything to train on.")
-    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only say whether there is anything to train on.")] = False,
 ) -> None:
     """Train the candidates on a snapshot and pick the best on the validation split."""
     from lawnwatch import train
@@ -392,9 +384,7 @@ def fail(error: LawnwatchError) -> int:
     progress(f"error: {error.message}")
     if error.hint:
         progress(f"  {error.hint}")
-    typer.echo(
-        json.dumps({"error": error.code, "message": error.message, "hint": error.hint}, ensure_ascii=False)
-    )
+    typer.echo(json.dumps({"error": error.code, "message": error.message, "hint": error.hint}, ensure_ascii=False))
     return error.exit_code
 
 
@@ -423,9 +413,7 @@ def main() -> None:
         code = 130
     # The edge of the program: the traceback is for us, not for the user.
     except Exception as error:  # noqa: BLE001
-        code = fail(
-            LawnwatchError(f"A fault of ours: {type(error).__name__}: {error}.", hint=keep_traceback())
-        )
+        code = fail(LawnwatchError(f"A fault of ours: {type(error).__name__}: {error}.", hint=keep_traceback()))
     sys.exit(code)
 
 

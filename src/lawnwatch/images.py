@@ -1,0 +1,189 @@
+"""What a picture is: ONE way to decode, orient and resize, for ingest, training and serving alike.
+
+JPEG, PNG and WebP are read; everything else is refused whatever its name says. Size is decided from the header, before
+a pixel is decoded. EXIF orientation is honoured; CMYK becomes RGB; alpha lies on white; 16-bit grey is scaled; of an
+animation the first frame counts; a truncated file is refused.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from lawnwatch.errors import ImageError, ImageTooLarge, UnsupportedMedia
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+CONTENT_TYPES = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
+SIZE = 224
+
+# Recorded in every bundle: a server whose code prepares pictures differently must not serve it.
+PREPROCESSING = {
+    "size": SIZE,
+    "color": "RGB",
+    "dtype": "uint8",
+    "resize": "stretch to size; area when shrinking, bilinear when enlarging",
+    "orientation": "EXIF",
+    "background": "white",
+    "version": 1,
+}
+
+Rgb = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """What the header says; width and height as stored, before EXIF orientation."""
+
+    format: str
+    width: int
+    height: int
+    bytes: int
+
+
+def inspect(data: bytes, *, max_pixels: int, max_bytes: int | None = None) -> ImageInfo:
+    """Read the header only.
+
+    Raises:
+        UnsupportedMedia: not JPEG, PNG or WebP.
+        ImageTooLarge: more bytes or pixels than allowed.
+        ImageError: empty, or a header that is cut off.
+    """
+    with _opened(data, max_pixels=max_pixels, max_bytes=max_bytes) as image:
+        return _info(image, data)
+
+
+def decode(data: bytes, *, size: int | None = SIZE, max_pixels: int) -> Rgb:
+    """The picture as (size, size, 3) uint8 RGB; (height, width, 3) when size is None.
+
+    A JPEG is shrunk while it is decoded (libjpeg's scaled DCT, never below the wanted size), then stretched to a square:
+    the aspect ratio is not kept, so that nothing at the edge is lost.
+
+    Raises:
+        UnsupportedMedia, ImageTooLarge, ImageError: as `inspect`; ImageError also for truncated data.
+    """
+    return inspect_and_decode(data, size=size, max_pixels=max_pixels)[1]
+
+
+def inspect_and_decode(
+    data: bytes, *, size: int | None = SIZE, max_pixels: int, max_bytes: int | None = None
+) -> tuple[ImageInfo, Rgb]:
+    """`inspect` and `decode` with one look at the header; see there."""
+    with _opened(data, max_pixels=max_pixels, max_bytes=max_bytes) as image:
+        info = _info(image, data)
+        if size is not None and image.format == "JPEG":
+            # draft may change the mode too; CMYK has no scaled RGB decode and is left as it is.
+            image.draft("RGB" if image.mode in ("RGB", "YCbCr") else image.mode, (size, size))
+        image.load()
+        rgb = _to_rgb(_oriented(image))
+    if size is not None and rgb.shape[:2] != (size, size):
+        shrinks = rgb.shape[0] >= size and rgb.shape[1] >= size
+        rgb = cv2.resize(rgb, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR).astype(
+            np.uint8, copy=False
+        )
+    return info, np.ascontiguousarray(rgb)
+
+
+@contextmanager
+def _opened(data: bytes, *, max_pixels: int, max_bytes: int | None) -> Iterator[Image.Image]:
+    """The picture's header, checked; whatever Pillow finds wrong, now or while decoding, is one of our errors."""
+    if not data:
+        raise UnsupportedMedia("The file is empty.", hint="Send a JPEG, PNG or WebP picture.")
+    if max_bytes is not None and len(data) > max_bytes:
+        raise ImageTooLarge(
+            f"The file has {len(data):,} bytes; at most {max_bytes:,} are allowed.",
+            hint="Send a smaller picture.",
+        )
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        if (
+            data[:3] == b"\xff\xd8\xff"
+            or data[:8] == b"\x89PNG\r\n\x1a\n"
+            or (data[:4], data[8:12]) == (b"RIFF", b"WEBP")
+        ):
+            raise ImageError("The picture's header is damaged or cut off.", hint="Send the whole file.") from None
+        raise UnsupportedMedia(
+            f"The file is not a JPEG, PNG or WebP picture; it begins with {data[:8]!r}.",
+            hint="Convert it to JPEG, PNG or WebP.",
+        ) from None
+    except Image.DecompressionBombError as error:
+        raise ImageTooLarge(f"The picture is far too large: {error}", hint="Send a smaller picture.") from None
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError) as error:
+        raise ImageError(f"The picture's header is damaged: {error}.", hint="Send the whole file.") from None
+    with image:
+        if image.width * image.height > max_pixels:
+            raise ImageTooLarge(
+                f"The picture has {image.width} × {image.height} pixels; at most {max_pixels:,} are allowed.",
+                hint="Send a smaller picture.",
+            )
+        try:
+            yield image
+        except Image.DecompressionBombError as error:
+            raise ImageTooLarge(f"The picture is far too large: {error}", hint="Send a smaller picture.") from None
+        except (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError, cv2.error) as error:
+            raise ImageError(
+                f"The picture cannot be decoded: {error}.",
+                hint="It is truncated or damaged; send the whole file.",
+            ) from None
+
+
+def _info(image: Image.Image, data: bytes) -> ImageInfo:
+    return ImageInfo(str(image.format), image.width, image.height, len(data))
+
+
+def _oriented(image: Image.Image) -> Image.Image:
+    """As the photographer held it; an unreadable EXIF block is no reason to refuse a readable picture."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except (OSError, ValueError, SyntaxError, KeyError, TypeError, ZeroDivisionError, IndexError):
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Rgb:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        # 16 bits a sample: scaled to 8, where Pillow's own conversion would clip at 255.
+        grey = np.asarray(image, dtype=np.float64)
+        grey = np.clip(np.round(grey / 257.0), 0, 255).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, rgba)
+    return np.asarray(image.convert("RGB"), dtype=np.uint8)
+
+
+def brightness(rgb: Rgb) -> float:
+    """Mean luma (BT.601) of an (height, width, 3) uint8 picture, 0 black to 1 white."""
+    return float(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY).mean() / 255.0)
+
+
+def sharpness(rgb: Rgb) -> float:
+    """Variance of the Laplacian at 224 × 224, grey levels squared; low means blurred.
+
+    Source: Pech-Pacheco et al., "Diatom autofocusing in brightfield microscopy", ICPR 2000.
+    """
+    grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
+    if grey.shape != (SIZE, SIZE):
+        grey = cv2.resize(grey, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+    return float(cv2.Laplacian(grey, cv2.CV_64F).var())
+
+
+def phash(rgb: Rgb) -> int:
+    """64-bit perceptual hash of a (height, width, 3) uint8 picture: copies and resizings differ in few bits.
+
+    The signs of the 8 × 8 lowest frequencies of a 32 × 32 cosine transform against their median (the pHash of
+    Zauner, "Implementation and benchmarking of perceptual image hash functions", 2010).
+    """
+    grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
+    small = cv2.resize(grey, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
+    low = cv2.dct(small)[:8, :8].ravel()
+    bits = low > np.median(low[1:])
+    return int("".join("1" if bit else "0" for bit in bits), 2)
