@@ -87,9 +87,7 @@ class Unknown(_Strict):
 
     method: Literal["max_softmax", "energy", "knn"]
     threshold: float = Field(allow_inf_nan=False)
-    accept_rate: float = Field(
-        ge=0, le=1, description="Share of validation pictures the threshold lets pass."
-    )
+    accept_rate: float = Field(ge=0, le=1, description="Share of validation pictures the threshold lets pass.")
     k: int = Field(1, ge=1, description="Which nearest neighbour counts (knn).")
 
 
@@ -141,14 +139,10 @@ class BundleMeta(_Strict):
         known = set(self.classes)
         for answer in self.golden:
             if answer.label not in known or set(answer.probabilities) != known:
-                raise ValueError(
-                    f"golden answer of {answer.file} must name exactly the classes {self.classes}"
-                )
+                raise ValueError(f"golden answer of {answer.file} must name exactly the classes {self.classes}")
         logits = self.outputs.get("logits")
         if logits is None or logits.shape[-1] != len(self.classes):
-            raise ValueError(
-                f"outputs must hold `logits`, {len(self.classes)} numbers; received {self.outputs}"
-            )
+            raise ValueError(f"outputs must hold `logits`, {len(self.classes)} numbers; received {self.outputs}")
         return self
 
 
@@ -164,9 +158,7 @@ class Manifest(BundleMeta):
         for name in self.files:
             path = Path(name)
             if path.is_absolute() or ".." in path.parts or path.suffix not in SUFFIXES or "\\" in name:
-                raise ValueError(
-                    f"a bundle may hold {', '.join(sorted(SUFFIXES))} files only; received {name!r}"
-                )
+                raise ValueError(f"a bundle may hold {', '.join(sorted(SUFFIXES))} files only; received {name!r}")
         missing = {MODEL, *(answer.file for answer in self.golden)} - set(self.files)
         if self.unknown is not None and self.unknown.method == "knn":
             missing |= {UNKNOWN} - set(self.files)
@@ -221,8 +213,7 @@ def write(store: ObjectStore, files: dict[str, bytes], meta: BundleMeta) -> Bund
         IntegrityError: meta and files contradict each other, or hold what a bundle may not hold.
     """
     entries = {
-        name: FileEntry(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
-        for name, data in files.items()
+        name: FileEntry(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data)) for name, data in files.items()
     }
     try:
         fields = {name: getattr(meta, name) for name in BundleMeta.model_fields}
@@ -442,9 +433,7 @@ class Graph:
         if len(shape) != 4 or shape[0] != 1 or shape[1] != shape[2] or shape[3] != 3 or dtype != np.uint8:
             raise IntegrityError(f"`image` must be (1, size, size, 3) uint8; received {shape} {dtype}.")
         if not {"logits", "embedding"} <= set(outputs):
-            raise IntegrityError(
-                f"the graph must return `logits` and `embedding`; it returns {sorted(outputs)}."
-            )
+            raise IntegrityError(f"the graph must return `logits` and `embedding`; it returns {sorted(outputs)}.")
         if [int(n) for n in outputs["logits"]["shape"]] != [1, classes]:
             raise IntegrityError(
                 f"`logits` must be (1, {classes}), one a class; received {list(outputs['logits']['shape'])}."

@@ -1,0 +1,231 @@
+"""The network: MobileNetV2 with its preprocessing inside, cut where training begins, exported to LiteRT.
+
+    image (batch, 224, 224, 3) uint8 RGB
+      │ bottom: rescale to [-1, 1], blocks 0-12, never trained
+    cut (batch, 14, 14, 96) float32
+      │ top: blocks 13-16 and the last convolution; trained by fine-tuning; batch norm stays in inference mode
+    map (batch, 7, 7, 1280) float32
+      │ mean over the map = embedding (batch, 1280); head = one dense layer
+    logits (batch, n) float32; the head on the map gives cam (batch, 7, 7, n), whose mean is the logits
+
+The rescaling lies inside, so training and serving cannot differ in it; there is no Lambda layer, so a graph
+is data. TensorFlow takes 13 s to import: nothing here does so before it is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lawnwatch.bundle import TensorSpec
+from lawnwatch.errors import IntegrityError, SettingsError, Unavailable
+
+SIZE = 224
+EMBEDDING = 1280
+CUT_LAYER = "block_12_add"
+CUT_SHAPE = (14, 14, 96)
+
+
+@cache
+def tensorflow() -> Any:
+    """TensorFlow, imported once and without its banners. Only its native start-up chatter is dropped."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # for the library: we read no environment here
+    with _native_stderr_dropped():
+        import tensorflow as tf
+    return tf
+
+
+def keras() -> Any:
+    """Keras 3 on TensorFlow."""
+    tensorflow()
+    import keras as k
+
+    return k
+
+
+@contextmanager
+def _native_stderr_dropped() -> Iterator[None]:
+    """Send file descriptor 2 to nowhere: C++ logs there before any Python logging can be told not to."""
+    saved = os.dup(2)
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the network starts.
+
+    Attributes:
+        source: `imagenet`, `file:<name>` or `none`.
+        sha256: of the file, or the source's name when there is no file to hash.
+        path: the file to load; None for `imagenet` and `none`.
+    """
+
+    source: str
+    sha256: str
+    path: Path | None = None
+
+    def describe(self) -> str:
+        """For the lineage: source, and the file's hash when there is one."""
+        return f"{self.source} sha256:{self.sha256}" if self.path else self.source
+
+
+def find_weights(setting: str) -> Weights:
+    """What LAWNWATCH_WEIGHTS means, without loading anything.
+
+    Raises:
+        SettingsError: it names a file that is not there.
+    """
+    if setting in ("imagenet", "none"):
+        return Weights(setting, setting)
+    path = Path(setting).expanduser()
+    if not path.is_file():
+        raise SettingsError(
+            f"the weights file {setting} does not exist.",
+            hint="Set LAWNWATCH_WEIGHTS to a MobileNetV2 weights file (no top), to `imagenet`, or to `none`.",
+        )
+    with path.open("rb") as file:
+        return Weights(f"file:{path.name}", hashlib.file_digest(file, "sha256").hexdigest(), path)
+
+
+@dataclass(frozen=True)
+class Network:
+    """MobileNetV2 without its top, in two parts that share their layers with the whole.
+
+    Attributes:
+        bottom: image (b, 224, 224, 3) uint8 → cut (b, 14, 14, 96) float32.
+        top: cut → map (b, 7, 7, 1280) float32.
+    """
+
+    bottom: Any
+    top: Any
+
+
+def load_network(weights: Weights, *, size: int = SIZE) -> Network:
+    """Build MobileNetV2 and load its weights.
+
+    Raises:
+        Unavailable: the ImageNet weights cannot be downloaded.
+        SettingsError: the file holds no MobileNetV2 weights.
+    """
+    k = keras()
+    source: Any = {"imagenet": "imagenet", "none": None}.get(weights.source, str(weights.path))
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # Keras' download waits for ever by default
+    try:
+        base = k.applications.MobileNetV2(weights=source, include_top=False, input_shape=(size, size, 3))
+    except Exception as error:  # Keras raises plain Exception when a download fails
+        if weights.path is not None:
+            raise SettingsError(
+                f"{weights.path} holds no MobileNetV2 weights without top: {error}",
+                hint="Set LAWNWATCH_WEIGHTS to such a file, to `imagenet`, or to `none`.",
+            ) from error
+        raise Unavailable(
+            f"the ImageNet weights cannot be downloaded: {error}",
+            hint="Set LAWNWATCH_WEIGHTS=FILE to a copy of them, or =none to start from random weights.",
+        ) from error
+    finally:
+        socket.setdefaulttimeout(patience)
+    base.trainable = False
+    cut = base.get_layer(CUT_LAYER).output
+    image = k.Input((size, size, 3), dtype="uint8", name="image")
+    below = k.Model(base.input, cut)
+    bottom = k.Model(image, below(k.layers.Rescaling(1 / 127.5, offset=-1)(image), training=False))
+    return Network(bottom=bottom, top=k.Model(cut, base.output))
+
+
+def build(network: Network, n_classes: int) -> Any:
+    """The whole model: image uint8 → {"logits", "embedding", "cam"}; its dense layer is called `head`.
+
+    Args:
+        network: whose layers it shares: training the top trains this.
+        n_classes: at least 2.
+    """
+    k = keras()
+    image = k.Input(network.bottom.input_shape[1:], dtype="uint8", name="image")
+    features = network.top(network.bottom(image), training=False)
+    embedding = k.layers.GlobalAveragePooling2D(name="embedding")(features)
+    head = k.layers.Dense(n_classes, name="head")
+    return k.Model(image, {"logits": head(embedding), "embedding": embedding, "cam": head(features)})
+
+
+def set_head(model: Any, kernel: NDArray[np.float32], bias: NDArray[np.float32]) -> None:
+    """Put a linear classifier on the embedding: kernel (1280, n), bias (n,)."""
+    model.get_layer("head").set_weights([kernel, bias])
+
+
+def unfreeze_top(network: Network) -> list[Any]:
+    """Make the top's convolutions trainable and return their variables; batch norm stays in inference mode.
+
+    A batch of a few dozen pictures would ruin the statistics that ImageNet left in the batch norms.
+    """
+    k = keras()
+    for layer in network.top.layers:
+        layer.trainable = not isinstance(layer, k.layers.BatchNormalization)
+    return [variable for layer in network.top.layers for variable in layer.trainable_variables]
+
+
+def export_litert(model: Any) -> bytes:
+    """The model as a float32 LiteRT graph with the signature of the bundle's contract.
+
+    Returns:
+        A flatbuffer: signature `serving_default`, input `image` (1, 224, 224, 3) uint8, outputs `logits`,
+        `embedding` and `cam` by name.
+    """
+    tf, k = tensorflow(), keras()
+    folder = tempfile.mkdtemp(prefix="lawnwatch-export-")
+    try:
+        archive = k.export.ExportArchive()
+        archive.track(model)
+        archive.add_endpoint(
+            "serving_default",
+            lambda image: model(image, training=False),
+            input_signature=[tf.TensorSpec([1, *model.input_shape[1:]], tf.uint8, name="image")],
+        )
+        with _native_stderr_dropped():
+            archive.write_out(folder, verbose=False)
+            converter = tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=["serving_default"])
+            graph: bytes = converter.convert()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    weights = 4 * sum(int(np.prod(weight.shape)) for weight in model.weights)
+    if len(graph) < weights / 2:  # a converter that lost the variables still returns a graph, of noise
+        raise IntegrityError(f"the exported graph has {len(graph)} bytes; its weights alone have {weights}.")
+    return graph
+
+
+def describe_inputs() -> dict[str, TensorSpec]:
+    """The graph's input, for the manifest."""
+    return {
+        "image": TensorSpec(
+            shape=[1, SIZE, SIZE, 3], dtype="uint8", description="RGB, 0 to 255, as images.decode makes it"
+        )
+    }
+
+
+def describe_outputs(n_classes: int) -> dict[str, TensorSpec]:
+    """The graph's outputs, for the manifest."""
+    return {
+        "logits": TensorSpec(shape=[1, n_classes], dtype="float32", description="softmax(logits / temperature)"),
+        "embedding": TensorSpec(shape=[1, EMBEDDING], dtype="float32", description="mean of the last map"),
+        "cam": TensorSpec(
+            shape=[1, 7, 7, n_classes], dtype="float32", description="class activation map; mean = logits"
+        ),
+    }
