@@ -56,6 +56,7 @@ def publish(
     temperature: float = 1.0,
     golden_from: str = "good",
     note: str = "",
+    preprocessing: dict[str, Any] | None = None,
 ) -> Any:
     """Write a bundle of one of the graphs; its golden answers are those of `golden_from`."""
     from lawnwatch import bundle, images
@@ -78,7 +79,7 @@ def publish(
         model_name="lawnwatch",
         model_version=version,
         classes=CLASSES,
-        preprocessing={"size": 224},
+        preprocessing=preprocessing or dict(images.PREPROCESSING),
         temperature=temperature,
         unknown=bundle.Unknown(method="max_softmax", threshold=0.45, accept_rate=0.95) if unknown else None,
         inputs={"image": bundle.TensorSpec(shape=[1, 224, 224, 3], dtype="uint8")},

@@ -191,9 +191,7 @@ class RolloutTarget(Protocol):
     def status(self) -> RolloutStatus:
         """What should serve, what does, and the latest rollout."""
 
-    def undo(
-        self, *, timeout: float = 60.0, wait: bool = True, progress: Progress | None = None
-    ) -> RolloutRecord:
+    def undo(self, *, timeout: float = 60.0, wait: bool = True, progress: Progress | None = None) -> RolloutRecord:
         """Serve what served before the last completed rollout."""
 
     def history(self, limit: int = 50) -> list[RolloutRecord]:
@@ -253,9 +251,7 @@ class LocalRollout:
         """
         return self._roll("start", target, timeout, wait, progress or _silent)
 
-    def undo(
-        self, *, timeout: float = 60.0, wait: bool = True, progress: Progress | None = None
-    ) -> RolloutRecord:
+    def undo(self, *, timeout: float = 60.0, wait: bool = True, progress: Progress | None = None) -> RolloutRecord:
         """Serve what served before the last completed rollout. Undoing twice comes back.
 
         Raises:
@@ -264,16 +260,11 @@ class LocalRollout:
         """
         with self._catalog.session() as session:
             last = session.scalar(
-                select(RolloutRow)
-                .where(RolloutRow.state == "complete")
-                .order_by(RolloutRow.id.desc())
-                .limit(1)
+                select(RolloutRow).where(RolloutRow.state == "complete").order_by(RolloutRow.id.desc()).limit(1)
             )
             back_to, undone = (last.previous_target, last.id) if last is not None else (None, None)
         if back_to is None:
-            raise NotFound(
-                "There is no earlier model to go back to.", hint="`lawnwatch rollout history` lists them."
-            )
+            raise NotFound("There is no earlier model to go back to.", hint="`lawnwatch rollout history` lists them.")
         record = self._roll("undo", _parsed(back_to), timeout, wait, progress or _silent)
         with self._catalog.session() as session:
             session.execute(update(RolloutRow).where(RolloutRow.id == undone).values(state="undone"))
@@ -309,12 +300,18 @@ class LocalRollout:
 
     # --- one rollout ----------------------------------------------------------------------------------------
 
-    def _roll(
-        self, kind: str, target: ReleaseTarget, timeout: float, wait: bool, progress: Progress
-    ) -> RolloutRecord:
+    def _roll(self, kind: str, target: ReleaseTarget, timeout: float, wait: bool, progress: Progress) -> RolloutRecord:
         for entry in target.entries:
             self._check_bundle(entry)
         stable = target.stable
+        if (done := self._done_before(target)) is not None:
+            reason = self._watch(None, stable.sha256, timeout, progress) if wait else ""
+            if reason:
+                raise RolloutFailed(
+                    f"v{stable.model_version} is the target already, but {reason}.",
+                    hint="The target was not changed; is the API running?",
+                )
+            return RolloutRecord.of(done, f"v{stable.model_version} was serving already.")
         rollout_id, old = self._open(kind, target)
         progress(f"rollout {rollout_id}: serving v{stable.model_version} ({stable.sha256[:12]})")
         try:
@@ -337,6 +334,20 @@ class LocalRollout:
             f"v{stable.model_version} did not come up: {reason}; {back}.",
             hint="The API's /model/info and log say more.",
         )
+
+    def _done_before(self, target: ReleaseTarget) -> RolloutRow | None:
+        """The rollout that completed last, when it is this one and the pointer still says so."""
+        if self._readable_target() != target:
+            return None
+        with self._catalog.session() as session:
+            under_way = session.scalar(select(RolloutRow.id).where(RolloutRow.active == 1))
+            last: RolloutRow | None = session.scalar(
+                select(RolloutRow).where(RolloutRow.state == "complete").order_by(RolloutRow.id.desc()).limit(1)
+            )
+            if under_way is not None or last is None or _parsed(last.target) != target:
+                return None
+            session.expunge(last)
+            return last
 
     def _check_bundle(self, entry: TargetEntry) -> None:
         found = bundle.read(self._store, entry.sha256, None)
@@ -398,7 +409,7 @@ class LocalRollout:
         if taken.rowcount != 1:  # type: ignore[attr-defined]
             raise _under_way(row)
 
-    def _watch(self, rollout_id: int, sha256: str, timeout: float, progress: Progress) -> str:
+    def _watch(self, rollout_id: int | None, sha256: str, timeout: float, progress: Progress) -> str:
         """Poll the API until it proves the bundle (returns ""), refuses it or time is up (returns why)."""
         deadline = time.monotonic() + timeout
         renew_at = time.monotonic() + LEASE_SECONDS / 3
@@ -411,11 +422,11 @@ class LocalRollout:
                 return f"the API refused it: {refusal}"
             why = serving.reason or "the API has not loaded it yet"
             if why != said:
-                progress(f"rollout {rollout_id}: waiting, {why}")
+                progress(f"waiting for the API: {why}")
                 said = why
             if time.monotonic() >= deadline:
                 return f"no confirmation within {timeout:.0f} s ({why})"
-            if time.monotonic() >= renew_at:
+            if rollout_id is not None and time.monotonic() >= renew_at:
                 self._renew(rollout_id)
                 renew_at = time.monotonic() + LEASE_SECONDS / 3
             time.sleep(POLL_SECONDS)
@@ -474,9 +485,7 @@ class LocalRollout:
                 .values(lease_until=until)
             )
             if renewed.rowcount != 1:  # type: ignore[attr-defined]
-                raise Conflict(
-                    "This rollout was taken over by another.", hint="`lawnwatch rollout status` says more."
-                )
+                raise Conflict("This rollout was taken over by another.", hint="`lawnwatch rollout status` says more.")
 
     def _release_lease(self, rollout_id: int) -> None:
         with self._catalog.session() as session:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -266,9 +266,10 @@ async def in_thread(pool: Executor, receive: Receive, deadline: float, work: Cal
     job = pool.submit(work)
     done: asyncio.Future[T] = asyncio.wrap_future(job)
     gone = asyncio.ensure_future(_disconnected(receive))
+    waited_for: set[asyncio.Future[Any]] = {done, gone}
     try:
         left = max(0.0, deadline - asyncio.get_running_loop().time())
-        await asyncio.wait({done, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(waited_for, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         if done.done():
             return done.result()
         if not job.cancel():  # it is running: let it end, its thread is not free before that

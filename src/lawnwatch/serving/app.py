@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from functools import lru_cache
 from http import HTTPStatus
 from typing import Annotated, Any
 
@@ -21,7 +20,7 @@ from prometheus_client.core import Metric
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lawnwatch import __version__, log, predictions
+from lawnwatch import __version__, images, log, predictions
 from lawnwatch.catalog import Catalog
 from lawnwatch.config import Settings
 from lawnwatch.errors import LawnwatchError, NotFound, SettingsError, Unavailable
@@ -170,9 +169,7 @@ class Api:
         yield gauge("lawnwatch_draining", "1 while the process is ending.", float(admission.draining))
         yield gauge("lawnwatch_model_ready", "1 when a verified model serves.", float(loaded is not None))
         yield gauge("lawnwatch_store_up", "1 when the store answered last.", float(watcher.store_reachable))
-        yield gauge(
-            "lawnwatch_model_rejected", "1 while the target is refused.", float(watcher.rejected is not None)
-        )
+        yield gauge("lawnwatch_model_rejected", "1 while the target is refused.", float(watcher.rejected is not None))
         if loaded is not None:
             model = loaded.predictor
             yield gauge(
@@ -256,8 +253,7 @@ def _add_prediction(app: FastAPI, api: Api) -> None:
         picture = uploads.picture(content_type, state["body"])
         if len(picture) > api.settings.serving.max_upload_bytes:
             raise problems.BodyTooLarge(
-                f"The picture has {len(picture)} bytes; "
-                f"{api.settings.serving.max_upload_bytes} are the most.",
+                f"The picture has {len(picture)} bytes; {api.settings.serving.max_upload_bytes} are the most.",
                 hint="Send a smaller file.",
             )
         model = api.admissible()
@@ -488,10 +484,8 @@ def _named(model: Predictor) -> dict[str, Any]:
     return {"name": model.manifest.model_name, "version": model.version, "sha256": model.sha256}
 
 
-@lru_cache(maxsize=16)
 def _media_type(image_format: str) -> str:
-    known = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
-    return known.get(image_format, "application/octet-stream")
+    return images.CONTENT_TYPES.get(image_format, "application/octet-stream")
 
 
 # --- errors -------------------------------------------------------------------------------------------------
@@ -522,9 +516,7 @@ def _explain_errors(app: FastAPI) -> None:
             error.status_code, str(error.detail)
         )
         headers = dict(error.headers or {})
-        return problems.problem(
-            error.status_code, code, detail, "/docs lists all addresses.", headers=headers
-        )
+        return problems.problem(error.status_code, code, detail, "/docs lists all addresses.", headers=headers)
 
 
 class Envelope:

@@ -31,7 +31,7 @@ _SHARES = tuple(step / 20 for step in range(1, 20))
 _BYTES = (1e3, 5e3, 1e4, 5e4, 1e5, 5e5, 1e6, 5e6, 1e7, 2e7)
 
 
-disable_created_metrics()  # a second series beside each counter, which nobody reads
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series beside each counter, which nobody reads
 
 
 class Metrics:
@@ -41,37 +41,37 @@ class Metrics:
         self.registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
-        on = {"registry": self.registry}
+        on = self.registry
         self.requests = Counter(
-            "lawnwatch_http_requests", "Requests answered.", ["route", "method", "status"], **on
+            "lawnwatch_http_requests", "Requests answered.", ["route", "method", "status"], registry=on
         )
         self.request_seconds = Histogram(
-            "lawnwatch_http_request_seconds", "Time to answer.", ["route"], buckets=_SECONDS, **on
+            "lawnwatch_http_request_seconds", "Time to answer.", ["route"], buckets=_SECONDS, registry=on
         )
-        self.in_flight = Gauge("lawnwatch_http_requests_in_flight", "Requests under way.", **on)
+        self.in_flight = Gauge("lawnwatch_http_requests_in_flight", "Requests under way.", registry=on)
         self.stage_seconds = Histogram(
-            "lawnwatch_predict_stage_seconds", "Time in a stage.", ["stage"], buckets=_SECONDS, **on
+            "lawnwatch_predict_stage_seconds", "Time in a stage.", ["stage"], buckets=_SECONDS, registry=on
         )
         self.refused = Counter(
-            "lawnwatch_predict_refused", "Predictions not begun, by reason.", ["reason"], **on
+            "lawnwatch_predict_refused", "Predictions not begun, by reason.", ["reason"], registry=on
         )
         self.predictions = Counter(
-            "lawnwatch_predictions", "Answers, by label and model version.", ["label", "version"], **on
+            "lawnwatch_predictions", "Answers, by label and model version.", ["label", "version"], registry=on
         )
         self.confidence = Histogram(
-            "lawnwatch_prediction_confidence_ratio", "Confidence.", buckets=_SHARES, **on
+            "lawnwatch_prediction_confidence_ratio", "Confidence.", buckets=_SHARES, registry=on
         )
         self.unknown_score = Histogram(
             "lawnwatch_prediction_unknown_score_ratio",
             "Unknown score over its threshold; 1 and more is unknown.",
             buckets=(0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0),
-            **on,
+            registry=on,
         )
         self.brightness = Histogram(
-            "lawnwatch_input_brightness_ratio", "Mean brightness of pictures.", buckets=_SHARES, **on
+            "lawnwatch_input_brightness_ratio", "Mean brightness of pictures.", buckets=_SHARES, registry=on
         )
-        self.input_bytes = Histogram("lawnwatch_input_bytes", "Size of pictures.", buckets=_BYTES, **on)
-        self.model_rejections = Counter("lawnwatch_model_rejections", "Bundles refused at load.", **on)
+        self.input_bytes = Histogram("lawnwatch_input_bytes", "Size of pictures.", buckets=_BYTES, registry=on)
+        self.model_rejections = Counter("lawnwatch_model_rejections", "Bundles refused at load.", registry=on)
         for stage in STAGES:
             self.stage_seconds.labels(stage)
         for reason in REFUSALS:

@@ -68,6 +68,12 @@ class Predictor:
         self.manifest = bundle.manifest
         self._max_pixels = max_pixels
         self._classes = bundle.manifest.classes
+        if self.manifest.preprocessing != images.PREPROCESSING:
+            raise IntegrityError(
+                f"bundle {self.sha256[:12]} was trained on pictures prepared in another way: it says "
+                f"{self.manifest.preprocessing}, this server does {images.PREPROCESSING}.",
+                hint="Train and release again with this release of lawnwatch.",
+            )
         self._detector = UnknownDetector.of(bundle)
         model = bundle.bytes_of(MODEL)
         first = Graph(model, classes=len(self._classes))
@@ -102,8 +108,7 @@ class Predictor:
             UnsupportedMedia, ImageTooLarge, ImageError: not a picture that can be used.
         """
         started = time.perf_counter()
-        info = images.inspect(data, max_pixels=self._max_pixels)
-        rgb = images.decode(data, size=self._size, max_pixels=self._max_pixels)
+        info, rgb = images.inspect_and_decode(data, size=self._size, max_pixels=self._max_pixels)
         decoded = time.perf_counter()
         with self._graph() as graph:
             outputs = graph(rgb)

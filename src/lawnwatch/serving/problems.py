@@ -49,9 +49,7 @@ class UnsupportedBody(InputError):
     status, code = 415, "unsupported_media"
 
 
-def problem(
-    status: int, code: str, detail: str, hint: str = "", *, headers: dict[str, str] | None = None
-) -> Response:
+def problem(status: int, code: str, detail: str, hint: str = "", *, headers: dict[str, str] | None = None) -> Response:
     """A problem document as a response."""
     document: dict[str, Any] = {
         "type": "about:blank",
@@ -61,9 +59,7 @@ def problem(
         "code": code,
         "hint": hint,
     }
-    return Response(
-        json.dumps(document, ensure_ascii=False).encode(), status, headers=headers, media_type=MEDIA_TYPE
-    )
+    return Response(json.dumps(document, ensure_ascii=False).encode(), status, headers=headers, media_type=MEDIA_TYPE)
 
 
 def of(error: LawnwatchError) -> Response:

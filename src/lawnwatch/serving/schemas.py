@@ -34,9 +34,7 @@ class Timings(_Answer):
 
     decode: float = Field(examples=[0.9])
     infer: float = Field(examples=[5.4])
-    total: float = Field(
-        examples=[7.1], description="From the request's head to the answer, waiting included."
-    )
+    total: float = Field(examples=[7.1], description="From the request's head to the answer, waiting included.")
 
 
 class PredictionAnswer(_Answer):

@@ -14,6 +14,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from lawnwatch.errors import SettingsError
+from lawnwatch.serving import problems
 
 HEAD_SECONDS = 10.0  # from a connection, or a request's first byte, to the end of its headers
 LINGER_SECONDS = 3.0  # an answered request may go on sending for so long before the connection is cut
@@ -66,6 +67,15 @@ class TimedProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if self._in_message and not self.transport.is_closing():
             self._arm(LINGER_SECONDS)
+
+    def send_400_response(self, msg: str) -> None:
+        """What is not HTTP is told so in the same form as every other error."""
+        body = bytes(problems.problem(400, "bad_request", "This is not a valid HTTP request.").body)
+        self.transport.write(
+            b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/problem+json\r\n"
+            b"connection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        self.transport.close()
 
     def _arm(self, seconds: float) -> None:
         self._disarm()

@@ -145,9 +145,7 @@ class ModelWatcher:
             self._load(store, entry.sha256, entry.model_version)
         except Unavailable as error:
             self._store_is_down(error)
-        except (
-            LawnwatchError
-        ) as error:  # altered, missing, not proven, a golden picture that cannot be decoded …
+        except LawnwatchError as error:  # altered, missing, not proven, a golden picture that cannot be decoded …
             self._reject(entry.sha256, error)
 
     def _load(self, store: ObjectStore, sha256: str, version: int | None) -> None:

@@ -1,0 +1,209 @@
+"""Prediction records: order of ids, the writer that never blocks, paging."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from lawnwatch import predictions
+from lawnwatch.catalog import Catalog
+from lawnwatch.config import Settings
+from lawnwatch.errors import InputError, NotFound, Unavailable
+from lawnwatch.predictions import Prediction, PredictionWriter, get_prediction, list_predictions
+from lawnwatch.store import ObjectStore, open_store
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def catalog(settings: Settings) -> Catalog:
+    catalog = Catalog(settings)
+    catalog.migrate()
+    return catalog
+
+
+@pytest.fixture
+def store(settings: Settings) -> ObjectStore:
+    return open_store(settings)
+
+
+class Interrupted(Catalog):
+    """A catalog whose database can be away."""
+
+    away = False
+
+    @contextmanager
+    def session(self) -> Iterator[Any]:
+        if self.away:
+            raise Unavailable("The database does not answer.")
+        with super().session() as session:
+            yield session
+
+
+def prediction(label: str = "grass", **changes: Any) -> Prediction:
+    values: dict[str, Any] = {
+        "prediction_id": predictions.new_id(),
+        "created_at": datetime.now(UTC),
+        "label": label,
+        "confidence": 0.9,
+        "probabilities": {"dandelion": 0.1, "grass": 0.9},
+        "unknown_score": 0.1,
+        "model_name": "lawnwatch",
+        "model_version": 3,
+        "bundle_sha256": "a" * 64,
+        "image_format": "JPEG",
+        "image_width": 275,
+        "image_height": 183,
+        "image_bytes": 11_000,
+        "total_ms": 7.5,
+        "brightness": 0.5,
+        "sharpness": 120.0,
+        "embedding": b"\x00\x3c" * 1280,
+    }
+    return Prediction(**(values | changes))
+
+
+def soon(condition: Callable[[], bool], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "not in time"
+        time.sleep(0.01)
+
+
+def test_ids_sort_by_time_even_when_the_clock_stands_or_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [predictions.new_id() for _ in range(10_000)]
+    now = time.time_ns()
+    monkeypatch.setattr(predictions.time, "time_ns", lambda: now - 10_000_000_000)
+    ids += [predictions.new_id() for _ in range(10_000)]
+    assert ids == sorted(ids) and len(set(ids)) == len(ids)
+    assert {one[14] for one in ids} == {"7"} and {one[19] for one in ids} <= set("89ab")
+
+
+def test_what_was_written_is_what_is_read(catalog: Catalog, store: ObjectStore) -> None:
+    writer = PredictionWriter(catalog, lambda: store, capacity=10)
+    one = prediction()
+    assert writer.record(one, b"picture", media_type="image/jpeg")
+    assert writer.close()
+    read = get_prediction(catalog, one.prediction_id)
+    assert read.image_key is not None and store.get(read.image_key) == b"picture"
+    assert read.image_key == f"predictions/{one.created_at:%Y-%m-%d}/{one.prediction_id}"
+    expected = one.as_row() | {"image_key": read.image_key}
+    assert read.as_row() == expected
+    assert writer.written == 1 and not any(writer.drops.values())
+
+
+def test_pages_hold_everything_once_newest_first(catalog: Catalog, store: ObjectStore) -> None:
+    made = [prediction("grass" if n % 3 else "dandelion") for n in range(25)]
+    writer = PredictionWriter(catalog, lambda: store, capacity=100)
+    for one in made:
+        writer.record(one)
+    assert writer.close()
+    seen: list[str] = []
+    before = None
+    while True:
+        page = list_predictions(catalog, limit=10, before=before)
+        seen += [one.prediction_id for one in page.items]
+        if (before := page.next) is None:
+            break
+    assert seen == [one.prediction_id for one in reversed(made)]
+    grass = list_predictions(catalog, limit=200, label="grass")
+    assert len(grass.items) == 16 and grass.next is None
+    assert list_predictions(catalog, label="'; DROP TABLE predictions; --").items == []
+
+
+def test_questions_that_make_no_sense_are_refused(catalog: Catalog) -> None:
+    for limit in (0, -1, 201):
+        with pytest.raises(InputError, match="limit"):
+            list_predictions(catalog, limit=limit)
+    with pytest.raises(InputError, match="not a prediction id"):
+        list_predictions(catalog, before="zzz")
+    with pytest.raises(NotFound):
+        get_prediction(catalog, predictions.new_id())
+
+
+def test_a_database_that_is_away_blocks_nobody_and_loses_nothing_that_fits(
+    settings: Settings, catalog: Catalog, store: ObjectStore
+) -> None:
+    interrupted = Interrupted(settings)
+    interrupted.away = True
+    writer = PredictionWriter(interrupted, lambda: store, capacity=5)
+    first = prediction()
+    writer.record(first)
+    soon(lambda: writer.depth == 0)  # the thread holds it and tries
+    time.sleep(2 * predictions.LINGER)
+    started = time.monotonic()
+    kept = [writer.record(prediction()) for _ in range(50)]
+    assert time.monotonic() - started < 0.5, "record must not wait"
+    assert sum(kept) == 5 and writer.drops["queue_full"] == 45
+    interrupted.away = False
+    soon(lambda: writer.written == 6)
+    assert writer.close()
+    assert get_prediction(catalog, first.prediction_id).label == "grass"
+
+
+def test_closing_gives_up_on_a_dead_database_in_time_and_counts(settings: Settings, store: ObjectStore) -> None:
+    interrupted = Interrupted(settings)
+    interrupted.away = True
+    writer = PredictionWriter(interrupted, lambda: store, capacity=10)
+    for _ in range(7):
+        writer.record(prediction())
+    started = time.monotonic()
+    assert not writer.close(timeout=1.0)
+    assert time.monotonic() - started < 4
+    assert writer.drops["closing"] == 7
+    assert not writer.record(prediction()) and writer.drops["closing"] == 8
+
+
+def test_one_bad_record_does_not_take_the_others_with_it(catalog: Catalog, store: ObjectStore) -> None:
+    twice = prediction()
+    others = [prediction() for _ in range(5)]
+    writer = PredictionWriter(catalog, lambda: store, capacity=20)
+    for one in (twice, *others, twice):
+        writer.record(one)
+    assert writer.close()
+    assert writer.drops["database"] == 1
+    assert len(list_predictions(catalog).items) == 6
+
+
+def test_a_store_that_fails_costs_the_picture_only(catalog: Catalog) -> None:
+    def nowhere() -> ObjectStore:
+        raise Unavailable("The store does not answer.")
+
+    writer = PredictionWriter(catalog, nowhere, capacity=10)
+    one = prediction()
+    writer.record(one, b"picture")
+    assert writer.close()
+    assert get_prediction(catalog, one.prediction_id).image_key is None
+    assert writer.drops["image_store"] == 1 and writer.written == 1
+
+
+def test_pictures_that_wait_are_bounded_in_bytes(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictions, "QUEUED_IMAGE_BYTES", 1000)
+    opened = threading.Event()
+
+    def slow_store() -> ObjectStore:
+        opened.wait(10)
+        raise Unavailable("The store does not answer.")
+
+    writer = PredictionWriter(catalog, slow_store, capacity=10)
+    for _ in range(4):
+        assert writer.record(prediction(), b"x" * 400)
+    assert writer.drops["image_queue_full"] == 2
+    opened.set()
+    assert writer.close()
+    assert writer.written == 4
+
+
+def test_the_writer_brings_the_tables_with_it(settings: Settings, store: ObjectStore) -> None:
+    catalog = Catalog(settings)
+    writer = PredictionWriter(catalog, lambda: store, capacity=10, migrate=True)
+    one = prediction()
+    writer.record(one)
+    assert writer.close()
+    assert get_prediction(catalog, one.prediction_id).prediction_id == one.prediction_id
