@@ -20,7 +20,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import click
 import typer
 from pydantic import BaseModel
 
@@ -403,12 +402,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = app(standalone_mode=False) or 0
-    except click.ClickException as error:
-        error.show()
-        code = fail(InputError(error.format_message(), hint="`--help` shows the command's arguments."))
+    except typer.TyperException as error:
+        # Without arguments the help was printed already, and the exception says nothing.
+        hint = "`--help` shows the commands and their arguments."
+        code = fail(InputError(str(error), hint=hint)) if str(error) else InputError.exit_code
     except LawnwatchError as error:
         code = fail(error)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         progress("interrupted; run the same command again to go on where it stopped")
         code = 130
     # The edge of the program: the traceback is for us, not for the user.

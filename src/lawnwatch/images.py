@@ -63,8 +63,8 @@ def inspect(data: bytes, *, max_pixels: int, max_bytes: int | None = None) -> Im
 def decode(data: bytes, *, size: int | None = SIZE, max_pixels: int) -> Rgb:
     """The picture as (size, size, 3) uint8 RGB; (height, width, 3) when size is None.
 
-    A JPEG is shrunk while it is decoded (libjpeg's scaled DCT, never below the wanted size), then stretched to a square:
-    the aspect ratio is not kept, so that nothing at the edge is lost.
+    A JPEG is shrunk while it is decoded (libjpeg's scaled DCT, never below the wanted size), then stretched to a
+    square: the aspect ratio is not kept, so that nothing at the edge is lost.
 
     Raises:
         UnsupportedMedia, ImageTooLarge, ImageError: as `inspect`; ImageError also for truncated data.

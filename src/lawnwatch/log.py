@@ -41,6 +41,8 @@ def configure(*, level: str = "INFO", json: bool | None = None, run_id: str = ""
         )
     )
     logging.basicConfig(handlers=[handler], level=level, force=True)
+    for chatty in ("alembic", "httpx", "httpcore", "urllib3"):  # their INFO is our DEBUG
+        logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLogger().level))
     if run_id:
         structlog.contextvars.bind_contextvars(run_id=run_id)
 
