@@ -194,9 +194,7 @@ class Api:
         self.url = url.rstrip("/")
         self._predict_timeout = httpx.Timeout(predict_timeout, connect=3.0)
         # The address is an operator's; a proxy from the environment would only send pictures somewhere else.
-        self._http = httpx.Client(
-            base_url=self.url, timeout=httpx.Timeout(read_timeout, connect=3.0), trust_env=False
-        )
+        self._http = httpx.Client(base_url=self.url, timeout=httpx.Timeout(read_timeout, connect=3.0), trust_env=False)
 
     def __enter__(self) -> Self:
         return self

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import streamlit as st
 
 import parts
 
 st.set_page_config(page_title="lawnwatch", page_icon="🌼", layout="wide", initial_sidebar_state="collapsed")
+st.logo(Path(__file__).with_name("logo.svg"), size="medium")
 parts.style()
 
 page = st.navigation(

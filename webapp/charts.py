@@ -8,6 +8,7 @@ import pandas as pd
 from api import Confusion, Evaluation, Interval
 
 GREEN = "#3f7d3a"
+INK = "#3d473a"
 # Metrics that are shares between 0 and 1, better when larger; the others are listed, not drawn on this axis.
 SHARES = {"accuracy": "Accuracy", "balanced_accuracy": "Balanced accuracy", "macro_f1": "Macro F1"}
 
@@ -28,7 +29,9 @@ def intervals(evaluation: Evaluation) -> alt.LayerChart | None:
     frame = pd.DataFrame(rows)
     low = max(0.0, float(frame["low"].min()) - 0.05)
     base = alt.Chart(frame).encode(
-        y=alt.Y("name:N", sort=None, title=None, axis=alt.Axis(labelLimit=220, ticks=False, domain=False)),
+        y=alt.Y(
+            "name:N", sort=None, title=None, axis=alt.Axis(labelLimit=220, labelColor=INK, ticks=False, domain=False)
+        ),
         tooltip=[
             alt.Tooltip("name:N", title="figure"),
             alt.Tooltip("value:Q", format=".1%"),
@@ -41,9 +44,7 @@ def intervals(evaluation: Evaluation) -> alt.LayerChart | None:
     line = base.mark_rule(strokeWidth=3, opacity=0.4, color=GREEN, strokeCap="round").encode(
         x=alt.X("low:Q", scale=scale, axis=axis), x2="high:Q"
     )
-    dot = base.mark_circle(size=110, color=GREEN, opacity=1).encode(
-        x=alt.X("value:Q", scale=scale, axis=axis)
-    )
+    dot = base.mark_circle(size=110, color=GREEN, opacity=1).encode(x=alt.X("value:Q", scale=scale, axis=axis))
     chart: alt.LayerChart = (line + dot).properties(height=max(120, 30 * len(rows) + 30))
     return chart
 
@@ -74,11 +75,9 @@ def confusion(counts: Confusion) -> alt.LayerChart | None:
             "answer:N",
             sort=answers,
             title="the model says",
-            axis=alt.Axis(
-                orient="top", labelAngle=0 if len(answers) <= 6 else -40, domain=False, ticks=False
-            ),
+            axis=alt.Axis(orient="top", labelAngle=0 if len(answers) <= 6 else -40, domain=False, ticks=False),
         ),
-        y=alt.Y("truth:N", sort=labels, title="it is", axis=alt.Axis(domain=False, ticks=False)),
+        y=alt.Y("truth:N", sort=labels, title="it is", axis=alt.Axis(domain=False, ticks=False, labelColor=INK)),
     )
     squares = base.mark_rect(cornerRadius=4).encode(
         color=alt.Color("share:Q", scale=alt.Scale(domain=[0, 1], range=["#eef1e8", GREEN]), legend=None),

@@ -99,8 +99,7 @@ def plain(text: str) -> str:
     """
     pieces = re.split(r"(`[^`]*`)", text.replace("\n", " "))
     return "".join(
-        piece if place % 2 else re.sub(r"([\\*_\[\]<>$#~|:`])", r"\\\1", piece)
-        for place, piece in enumerate(pieces)
+        piece if place % 2 else re.sub(r"([\\*_\[\]<>$#~|:`])", r"\\\1", piece) for place, piece in enumerate(pieces)
     )
 
 

@@ -14,13 +14,18 @@ COLUMNS = 4
 NO_PICTURE = '<div class="lw-noimage">picture not kept</div>'
 
 
-def choose_label(client: Api) -> str | None:
-    """The label to filter by; None for all. Labels are what the serving model knows, and `unknown`."""
+def known_labels(client: Api) -> list[str]:
+    """What the serving model may answer; when the API is gone the list of predictions says so, once."""
     try:
-        classes = client.model_info().classes
+        info = client.model_info()
     except ApiError:
-        classes = []
-    options = [*classes, parts.UNKNOWN]
+        return []
+    parts.samples_banner(info)
+    return [*info.classes, parts.UNKNOWN]
+
+
+def choose_label(options: list[str]) -> str | None:
+    """The label to filter by; None for all."""
     chosen: str | None = st.pills("Answer", options, key="label", on_change=first_page)
     return chosen
 
@@ -77,6 +82,13 @@ def details(client: Api, record: Record) -> None:
         st.html(f'<p class="lw-sub">{escape(parts.percent(record.confidence))} confidence</p>')
         if record.probabilities:
             st.html(parts.bars(record.probabilities))
+    with right:
+        st.space("small")
+        st.html(parts.facts(described(record)))
+
+
+def described(record: Record) -> list[tuple[str, str]]:
+    """What is recorded beside the answer."""
     rows = [("Prediction id", f"`{record.prediction_id}`"), ("Asked", parts.moment(record.created_at))]
     if record.model_version is not None:
         rows.append(("Model version", f"v{record.model_version}"))
@@ -88,7 +100,7 @@ def details(client: Api, record: Record) -> None:
                 f"{parts.size(record.image.bytes)}",
             )
         )
-    st.html(parts.facts(rows))
+    return rows
 
 
 def card(client: Api, record: Record, thumbnail: bytes | None) -> None:
@@ -104,9 +116,7 @@ def card(client: Api, record: Record, thumbnail: bytes | None) -> None:
         f'<p class="lw-small" title="{escape(parts.moment(record.created_at))}">'
         f"{escape(parts.ago(record.created_at))}{version}</p>"
     )
-    if st.button(
-        "Details", key=f"details-{record.prediction_id}", type="tertiary", icon=":material/open_in_full:"
-    ):
+    if st.button("Details", key=f"details-{record.prediction_id}", type="tertiary", icon=":material/open_in_full:"):
         details(client, record)
 
 
@@ -142,8 +152,9 @@ def grid(client: Api, found: History) -> None:
 client = parts.connect()
 parts.header("History", "The latest predictions, newest first, with the pictures that were kept.")
 st.session_state.setdefault("pages", [None])
+labels = known_labels(client)
 with st.container(horizontal=True, vertical_alignment="bottom", horizontal_alignment="distribute"):
-    label = choose_label(client)
+    label = choose_label(labels)
     st.button("Refresh", on_click=first_page, icon=":material/refresh:")
 try:
     found = client.history(limit=PAGE, before=st.session_state["pages"][-1], label=label)

@@ -68,8 +68,7 @@ def notices(info: ModelInfo) -> None:
     if info.rejected:
         st.error(
             f"**A released bundle was refused and is not served:** `{info.rejected.sha256[:12]}`. "
-            f"{parts.plain(info.rejected.reason)}"
-            + (" The model below goes on serving." if info.model else ""),
+            f"{parts.plain(info.rejected.reason)}" + (" The model below goes on serving." if info.model else ""),
             icon=":material/gpp_bad:",
         )
     if info.target and info.model and info.target.sha256 != info.model.sha256 and not info.rejected:
@@ -88,28 +87,24 @@ def measured(evaluation: Evaluation) -> None:
         "sees. Lines are 95 % intervals."
     )
     left, right = st.columns([5, 6], gap="large")
-    rows = []
+    rows, meanings = [], []
     for name, value in evaluation.metrics.items():
         title, as_percent, meaning = METRICS.get(name, (name.replace("_", " ").capitalize(), False, ""))
-        rows.append(
-            {
-                "Metric": title,
-                "Value (95 % interval)": parts.interval(value, as_percent=as_percent),
-                "What": meaning,
-            }
-        )
+        rows.append({"Metric": title, "Value (95 % interval)": parts.interval(value, as_percent=as_percent)})
+        meanings += [f"**{title}.** {meaning}"] if meaning else []
     with left:
         st.table(
-            pd.DataFrame(rows, columns=["Metric", "Value (95 % interval)", "What"]),
+            pd.DataFrame(rows, columns=["Metric", "Value (95 % interval)"]),
             hide_index=True,
             border="horizontal",
             alt="Metrics of the serving model with their intervals",
         )
+        if meanings:
+            with st.expander("What these say"):
+                st.markdown("\n\n".join(meanings))
     chart = charts.intervals(evaluation)
     if chart is not None:
-        right.altair_chart(
-            chart, width="stretch", alt="Dots with 95 % intervals; the same figures are in the tables."
-        )
+        right.altair_chart(chart, width="stretch", alt="Dots with 95 % intervals; the same figures are in the tables.")
 
 
 def by_class(evaluation: Evaluation) -> None:
@@ -135,9 +130,7 @@ def by_class(evaluation: Evaluation) -> None:
             for label, figures in evaluation.per_class.items()
         ]
         if rows:
-            st.table(
-                pd.DataFrame(rows), hide_index=True, border="horizontal", alt="Precision and recall by class"
-            )
+            st.table(pd.DataFrame(rows), hide_index=True, border="horizontal", alt="Precision and recall by class")
             st.caption(
                 "Precision: of the pictures answered with this class, the share that is right. Recall: of "
                 "the pictures of this class, the share that was answered so."
@@ -146,8 +139,7 @@ def by_class(evaluation: Evaluation) -> None:
             st.caption("Nothing was recorded by class.")
         if evaluation.verdict.decision:
             st.markdown(
-                f"**Verdict: {parts.plain(evaluation.verdict.decision)}.** "
-                f"{parts.plain(evaluation.verdict.reason)}"
+                f"**Verdict: {parts.plain(evaluation.verdict.decision)}.** {parts.plain(evaluation.verdict.reason)}"
             )
 
 
@@ -156,18 +148,11 @@ def lineage(info: ModelInfo) -> None:
     left, right = st.columns([5, 6], gap="large")
     with left:
         st.subheader("Where it comes from")
-        shown = [
-            (LINEAGE[name], info.lineage[name])
-            for name in LINEAGE
-            if info.lineage.get(name) not in (None, "")
-        ]
+        shown = [(LINEAGE[name], info.lineage[name]) for name in LINEAGE if info.lineage.get(name) not in (None, "")]
         more = [
             (name.replace("_", " ").capitalize(), value)
             for name, value in info.lineage.items()
-            if name not in LINEAGE
-            and name != "samples"
-            and isinstance(value, str | int | float)
-            and value != ""
+            if name not in LINEAGE and name != "samples" and isinstance(value, str | int | float) and value != ""
         ]
         pairs = [(name, written(value)) for name, value in [*shown, *more]]
         st.html(parts.facts([*pairs, ("Classes", ", ".join(info.classes))]))
@@ -176,10 +161,7 @@ def lineage(info: ModelInfo) -> None:
         if info.thresholds:
             st.html(
                 parts.facts(
-                    [
-                        (name.replace("_", " ").capitalize(), written(value))
-                        for name, value in info.thresholds.items()
-                    ]
+                    [(name.replace("_", " ").capitalize(), written(value)) for name, value in info.thresholds.items()]
                 )
             )
         else:

@@ -76,9 +76,7 @@ try:
 except ApiError as error:
     trouble = error
 
-upload = st.file_uploader(
-    "A photo: JPEG, PNG or WebP, up to 20 MB", type=["jpg", "jpeg", "png", "webp"], key="upload"
-)
+upload = st.file_uploader("A photo: JPEG, PNG or WebP, up to 20 MB", type=["jpg", "jpeg", "png", "webp"], key="upload")
 if upload is None:
     st.session_state.pop("asked", None)
     if trouble:
