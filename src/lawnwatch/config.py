@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import AliasChoices, BaseModel, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings.exceptions import SettingsError as UnreadableSettings
 
 from lawnwatch.errors import SettingsError
 
@@ -120,6 +121,7 @@ class Settings(BaseSettings):
     mlflow_tracking_uri: str = Field(
         "",
         validation_alias=AliasChoices("MLFLOW_TRACKING_URI", "LAWNWATCH_MLFLOW_TRACKING_URI", "mlflow_tracking_uri"),
+        repr=False,  # MLflow takes a password in it
         description="MLflow server; empty: SQLite in home. Read from `MLFLOW_TRACKING_URI`.",
     )
     model_name: str = Field("lawnwatch", description="Name of the registered model.")
@@ -130,6 +132,7 @@ class Settings(BaseSettings):
     api_url: str = Field("http://127.0.0.1:8000", description="Where the web app and the rollout find the API.")
     log_level: str = Field("INFO", description="Lowest level logged.")
     log_json: bool | None = Field(None, description="JSON log lines; unset: when stderr is not a terminal.")
+    git_commit: str = Field("", description="Commit of the running code; empty: asked of git. Images set it.")
     run_id: str = Field("", description="Bound to every log line; Airflow's tasks set it to the DAG run's id.")
     fetch: FetchSettings = FetchSettings()
     images: ImageSettings = ImageSettings()
@@ -166,7 +169,9 @@ class Settings(BaseSettings):
             if self.store_secret_key.get_secret_value().lower() in PLACEHOLDERS:
                 raise ValueError("LAWNWATCH_STORE_SECRET_KEY is blank or well-known; choose one of your own")
         elif not self.store_url.startswith("file://"):
-            raise ValueError(f"LAWNWATCH_STORE_URL must begin with s3:// or file://; received {self.store_url!r}")
+            # Only the scheme: somebody may have put a password into the rest.
+            scheme = self.store_url.partition(":")[0] if ":" in self.store_url else "no scheme"
+            raise ValueError(f"LAWNWATCH_STORE_URL must begin with s3:// or file://; received {scheme}")
 
 
 @lru_cache(maxsize=1)
@@ -178,6 +183,11 @@ def get_settings() -> Settings:
     """
     try:
         return Settings()
+    except UnreadableSettings as error:
+        # A list or an object that is not JSON. Its text names the setting; its cause holds the value, so it is cut off.
+        raise SettingsError(
+            f"The settings are not usable: {error}.", hint="docs/settings.md lists every setting."
+        ) from None
     except ValidationError as error:
         faults = "; ".join(
             (("LAWNWATCH_" + "__".join(map(str, fault["loc"])).upper() + ": ") if fault["loc"] else "")
