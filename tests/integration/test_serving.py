@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lawnwatch.catalog import Catalog
 from PIL import Image
 
+from lawnwatch.catalog import Catalog
 from lawnwatch.config import Settings
 from lawnwatch.errors import RolloutFailed
 from lawnwatch.rollout import TARGET_KEY, LocalRollout, ReleaseTarget

@@ -20,7 +20,7 @@ from prometheus_client.core import Metric
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lawnwatch import __version__, images, log, predictions
+from lawnwatch import __version__, log, predictions
 from lawnwatch.catalog import Catalog
 from lawnwatch.config import Settings
 from lawnwatch.errors import LawnwatchError, NotFound, SettingsError, Unavailable
@@ -43,6 +43,7 @@ GUARDED = frozenset({"/predict"})
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 UNCERTAIN_BELOW = 0.8  # answers less confident than this are kept with their picture under `uncertain`
 CLIENT_CLOSED_REQUEST = 499
+MEDIA_TYPES = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 
 SECURITY_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -485,7 +486,7 @@ def _named(model: Predictor) -> dict[str, Any]:
 
 
 def _media_type(image_format: str) -> str:
-    return images.CONTENT_TYPES.get(image_format, "application/octet-stream")
+    return MEDIA_TYPES.get(image_format, "application/octet-stream")
 
 
 # --- errors -------------------------------------------------------------------------------------------------

@@ -108,7 +108,8 @@ class Predictor:
             UnsupportedMedia, ImageTooLarge, ImageError: not a picture that can be used.
         """
         started = time.perf_counter()
-        info, rgb = images.inspect_and_decode(data, size=self._size, max_pixels=self._max_pixels)
+        info = images.inspect(data, max_pixels=self._max_pixels)
+        rgb = images.decode(data, size=self._size, max_pixels=self._max_pixels)
         decoded = time.perf_counter()
         with self._graph() as graph:
             outputs = graph(rgb)

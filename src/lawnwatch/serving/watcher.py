@@ -176,9 +176,12 @@ class ModelWatcher:
 
     def _store_is_down(self, error: LawnwatchError) -> None:
         self.store_reachable = False
-        self._say(f"the object store does not answer ({error.message.rstrip('.')})")
+        reason = f"the object store does not answer ({error.message.rstrip('.')})"
+        self._say(reason)
         if self.current is None:
             self._load_last_good()
+            if self.current is not None:
+                self.reason = f"{reason}; the model is the one that served last"
 
     def _load_last_good(self) -> None:
         """The bundle this machine served last, from the cache, verified and proven again."""
