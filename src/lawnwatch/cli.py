@@ -344,6 +344,17 @@ def rollout_status() -> None:
     emit(rollout.target(*opened()).status())
 
 
+@rollout_app.command("verify", epilog="Example: lawnwatch rollout verify")
+def rollout_verify(
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds until the answers must be right.")] = 30.0,
+) -> None:
+    """Ask the API as a client would: alive, ready, and serving the target with its golden answers proven."""
+    from lawnwatch import rollout
+
+    settings = get_settings()
+    emit(rollout.verify(settings, open_store(settings), timeout=timeout))
+
+
 @rollout_app.command("history", epilog="Example: lawnwatch rollout history")
 def rollout_history() -> None:
     """All rollouts, newest first."""

@@ -221,6 +221,66 @@ class Serving:
         return str(rejected.get("reason") or "refused") if rejected.get("sha256") == sha256 else ""
 
 
+@dataclass(frozen=True)
+class Verification:
+    """What a client would find: the API is alive, ready, and serves the target, proven by its golden answers."""
+
+    model_version: int
+    sha256: str
+    golden_max_error: float
+    message: str
+
+
+def verify(settings: Settings, store: ObjectStore, *, timeout: float = 30.0) -> Verification:
+    """Ask the API what a client would ask, until the answers are right or `timeout` seconds are over.
+
+    Raises:
+        NotFound: nothing was rolled out yet.
+        RolloutFailed: the API is not alive, not ready, or does not serve the target.
+    """
+    wanted = read_target(store)
+    if wanted is None:
+        raise NotFound("There is no release target yet.", hint="`lawnwatch rollout start` makes one.")
+    stable, deadline = wanted.stable, time.monotonic() + timeout
+    while True:
+        serving = ask_api(settings.api_url, "/model/info")
+        faults = [
+            answer.reason for path in ("/health", "/ready") if (answer := ask_api(settings.api_url, path)).info is None
+        ]
+        if not faults and serving.proves(stable.sha256):
+            error = float((serving.info or {})["golden"]["max_error"])
+            return Verification(
+                stable.model_version,
+                stable.sha256,
+                error,
+                f"The API is alive and ready, and serves v{stable.model_version}; its golden answers differ by at most "
+                f"{error:.1g}.",
+            )
+        if time.monotonic() >= deadline:
+            why = "; ".join(faults) or serving.reason or "it serves another model, or its golden answers are not proven"
+            raise RolloutFailed(
+                f"The target is v{stable.model_version} ({stable.sha256[:12]}), but {why}.",
+                hint="`lawnwatch rollout status` says what is served.",
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def ask_api(api_url: str, path: str) -> Serving:
+    """GET a JSON object from the API; a refusal or silence is a reason, not an exception."""
+    url = f"{api_url.rstrip('/')}{path}"
+    if not url.startswith(("http://", "https://")):
+        raise InputError(f"LAWNWATCH_API_URL must begin with http:// or https://; received {api_url!r}.")
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - the scheme was checked
+            info = json.loads(answer.read(4_000_000))
+    except (OSError, ValueError) as error:
+        cause = error.reason if isinstance(error, urllib.error.URLError) else error
+        return Serving(None, f"the API at {url} does not answer ({cause})")
+    if not isinstance(info, dict):
+        return Serving(None, f"{url} is not lawnwatch's API")
+    return Serving(info, "" if info.get("state", "ready") == "ready" else str(info.get("reason") or ""))
+
+
 class LocalRollout:
     """Moves the pointer in the store and watches `GET {api_url}/model/info` until the API confirms it."""
 
@@ -432,18 +492,7 @@ class LocalRollout:
             time.sleep(POLL_SECONDS)
 
     def _ask(self) -> Serving:
-        url = f"{self._settings.api_url.rstrip('/')}/model/info"
-        if not url.startswith(("http://", "https://")):
-            raise InputError(f"LAWNWATCH_API_URL must begin with http:// or https://; received {url!r}.")
-        try:
-            with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - the scheme was checked
-                info = json.loads(answer.read(4_000_000))
-        except (OSError, ValueError) as error:
-            cause = error.reason if isinstance(error, urllib.error.URLError) else error
-            return Serving(None, f"the API at {self._settings.api_url} does not answer ({cause})")
-        if not isinstance(info, dict):
-            return Serving(None, f"{url} is not lawnwatch's API")
-        return Serving(info, "" if info.get("state") == "ready" else str(info.get("reason") or ""))
+        return ask_api(self._settings.api_url, "/model/info")
 
     # --- the row --------------------------------------------------------------------------------------------
 

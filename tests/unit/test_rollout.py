@@ -320,3 +320,18 @@ def test_an_api_that_does_not_answer_is_said(world: World) -> None:
 def test_the_factory_gives_what_the_settings_ask_for(world: World) -> None:
     made: Callable[..., Any] = rollout.target
     assert isinstance(made(world.settings, world.catalog, world.store), LocalRollout)
+
+
+def test_verify_asks_what_a_client_would(world: World) -> None:
+    with pytest.raises(NotFound):
+        rollout.verify(world.settings, world.store)
+    world.rollout().start(world.v1, timeout=5)
+    assert rollout.verify(world.settings, world.store).model_version == 1
+    world.follower.ignores.add(world.v2.stable.sha256)
+    world.rollout().start(world.v2, timeout=5, wait=False)
+    with pytest.raises(RolloutFailed, match=r"v2 .* it serves another model"):
+        rollout.verify(world.settings, world.store, timeout=0.5)
+    world.follower.server.shutdown()
+    world.follower.server.server_close()
+    with pytest.raises(RolloutFailed, match="does not answer"):
+        rollout.verify(world.settings, world.store, timeout=0.5)
