@@ -160,6 +160,7 @@ def _mlflow() -> Any:
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
         "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT": "60",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "GIT_PYTHON_REFRESH": "quiet",
     }.items():
@@ -265,6 +266,11 @@ def artifacts(settings: Settings, run_id: str, folder: str) -> Path:
     return copy
 
 
+def forget_artifacts(settings: Settings, run_id: str, folder: str) -> None:
+    """Drop the local copy of an artifact folder that was written anew."""
+    shutil.rmtree(settings.home / "cache" / "runs" / run_id / folder, ignore_errors=True)
+
+
 def seal(folder: Path) -> None:
     """Write `files.json`: the SHA-256 of every file of an artifact folder."""
     hashes = {path.name: _hash(path) for path in sorted(folder.iterdir()) if path.name != "files.json"}
@@ -368,10 +374,12 @@ def promote(settings: Settings, catalog: Catalog, run_id: str) -> Promotion:
             f"run {run_id} is not promoted; its verdict is {verdict.decision}: {verdict.reason}",
             hint="The champion stays as it is.",
         )
-    with _locked_champion(settings, catalog, verdict.champion_version) as session, tracking(settings) as client:
-        version = _register(settings, client, verdict)
+    with _locked_champion(settings, catalog, verdict.champion_version) as session:
+        with tracking(settings) as client:
+            version = _register(settings, client, verdict)
         _crown(session, settings, "promote", version, verdict)
-        _set_aliases(settings, client, version, verdict.champion_version)
+        with tracking(settings) as client:
+            _set_aliases(settings, client, version, verdict.champion_version)
     was = f" in place of version {verdict.champion_version}" if verdict.champion_version else ""
     return Promotion(
         version,
@@ -393,7 +401,7 @@ def rollback(settings: Settings, catalog: Catalog) -> Promotion:
     if now is None or now.previous_version == 0:
         raise NotFound("there is no previous champion to go back to.", hint="See `lawnwatch model list`.")
     back, away = now.previous_version, now.version
-    with _locked_champion(settings, catalog, away) as session, tracking(settings) as client:
+    with _locked_champion(settings, catalog, away) as session:
         first = session.scalars(
             select(PromotionRow)
             .where(PromotionRow.model_name == settings.model_name, PromotionRow.version == back)
@@ -414,7 +422,8 @@ def rollback(settings: Settings, catalog: Catalog) -> Promotion:
             evaluation={},
         )
         _crown(session, settings, "rollback", back, verdict)
-        _set_aliases(settings, client, back, away)
+        with tracking(settings) as client:
+            _set_aliases(settings, client, back, away)
     return Promotion(back, away, verdict.run_id, True, f"Version {back} is champion again in place of version {away}.")
 
 

@@ -51,7 +51,6 @@ VIEW_SIZE = 256  # side from which augmented views are cropped
 FINE_TUNE_IMAGES = 2000  # cut activations take 37 kB a view; beyond this, fine-tuning draws from so many pictures
 PROBE_C = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 LEARNING_RATE = 1e-4
-LABEL_SMOOTHING = 0.05
 PATIENCE = 3
 
 Progress = Callable[[str], None]
@@ -262,7 +261,7 @@ def _summary(candidate: Candidate) -> dict[str, Any]:
         "name": candidate.name,
         "servable": candidate.servable,
         "val_accuracy": round(candidate.val_accuracy, 4),
-        "val_log_loss": round(candidate.val_log_loss, 4),
+        "val_log_loss": round(candidate.val_log_loss, 4) if math.isfinite(candidate.val_log_loss) else None,
         "seconds": round(candidate.seconds, 1),
         "note": candidate.note,
     }
@@ -385,7 +384,7 @@ class Extractor:
             f"{RECIPE}|{weights.sha256}|{settings.train.seed}|{json.dumps(images.PREPROCESSING, sort_keys=True)}"
         )
 
-        @tf.function(input_signature=[tf.TensorSpec([None, model.SIZE, model.SIZE, 3], tf.uint8)])  # type: ignore[untyped-decorator]
+        @tf.function(input_signature=[tf.TensorSpec([None, model.SIZE, model.SIZE, 3], tf.uint8)])
         def forward(batch: Any) -> Any:
             cut = network.bottom(batch, training=False)
             return tf.cast(cut, tf.float16), tf.reduce_mean(network.top(cut, training=False), [1, 2])
@@ -502,7 +501,8 @@ def augment(rgb: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint
         view = cv2.GaussianBlur(view, (0, 0), rng.uniform(0.4, 1.4))
     if rng.random() < 0.3:
         quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(30, 80))]
-        view = cv2.imdecode(cv2.imencode(".jpg", view, quality)[1], cv2.IMREAD_COLOR)
+        # Channels go in and come out in the same order, whatever OpenCV calls them.
+        return np.asarray(cv2.imdecode(cv2.imencode(".jpg", view, quality)[1], cv2.IMREAD_COLOR), dtype=np.uint8)
     return np.asarray(view, dtype=np.uint8)
 
 
@@ -625,7 +625,7 @@ def fine_tuned(
 ) -> tuple[Candidate, dict[str, NDArray[Any]]]:
     """Train the top blocks and the head from the cut activations, starting from the probe's head.
 
-    Adam on a cosine schedule, class weights, label smoothing; each epoch draws one view of every picture. Stops when
+    Adam on a cosine schedule, class weights; each epoch draws one view of every picture. Stops when
     the validation loss has not improved for PATIENCE epochs, or at the deadline (`time.monotonic`).
     """
     tf, k = model.tensorflow(), model.keras()
@@ -650,8 +650,7 @@ def fine_tuned(
     @tf.function(input_signature=[*signature, tf.TensorSpec([None], tf.int64)])  # type: ignore[untyped-decorator]
     def step(cut: Any, truth: Any) -> Any:
         with tf.GradientTape() as tape:
-            targets = tf.one_hot(truth, n_classes) * (1 - LABEL_SMOOTHING) + LABEL_SMOOTHING / n_classes
-            losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits_of(cut))
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(truth, logits_of(cut))
             loss = tf.reduce_mean(losses * tf.gather(weights, truth))
         optimizer.apply(tape.gradient(loss, [variable.value for variable in variables]), variables)
         return loss
@@ -661,7 +660,8 @@ def fine_tuned(
         return np.concatenate(parts)
 
     rng = np.random.default_rng(settings.train.seed)
-    best = (*_judge(validate(), val.labels), 0, network.top.get_weights(), kernel.numpy(), bias.numpy())
+    # Infinite until an epoch ended well: a candidate that never trained must not pass for a trained one.
+    best = (0.0, math.inf, 1.0, 0, network.top.get_weights(), kernel.numpy(), bias.numpy())
     curves: dict[str, list[float]] = {"loss": [], "val_accuracy": [], "val_log_loss": []}
     note = ""
     for epoch in range(1, epochs + 1):
@@ -697,7 +697,6 @@ def fine_tuned(
             "best_epoch": epoch,
             "learning_rate": LEARNING_RATE,
             "schedule": "cosine",
-            "label_smoothing": LABEL_SMOOTHING,
             "batch_size": size,
             "images": n,
             "cut": model.CUT_LAYER,

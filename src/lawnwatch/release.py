@@ -1,0 +1,222 @@
+"""From a promoted model version to a published bundle. Publishing again changes nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lawnwatch import bundle, images, registry
+from lawnwatch.catalog import Catalog
+from lawnwatch.config import Settings
+from lawnwatch.errors import DataError, IntegrityError, NotFound
+from lawnwatch.store import ObjectStore
+
+GOLDEN_PER_CLASS = 2
+TOLERANCE = 0.01  # of a golden probability; another processor's arithmetic moves one by far less
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Release:
+    """A published bundle.
+
+    Attributes:
+        version: the model version in it.
+        sha256: the bundle's name.
+        created: False when it had been published before.
+    """
+
+    version: int
+    sha256: str
+    bytes: int
+    created: bool
+    message: str
+
+
+def publish(
+    settings: Settings, catalog: Catalog, store: ObjectStore, version: str | int = "champion", *, progress: Progress
+) -> Release:
+    """Build the bundle of a promoted version, put it into the store and tag the version with its hash.
+
+    Raises:
+        NotFound: no such version. DataError: its verdict is not `promote`.
+        IntegrityError: the run's files are altered, or the graph does not reproduce itself. Unavailable.
+    """
+    info = registry.show(settings, catalog, version)
+    if info.decision != "promote":
+        raise DataError(
+            f"version {info.version} is not released; its verdict is {info.decision}: {info.reason}",
+            hint="Only a promoted version is published.",
+        )
+    if info.bundle_sha256:
+        try:
+            found = bundle.read(store, info.bundle_sha256)
+        except (NotFound, IntegrityError) as error:
+            progress(f"The published bundle is not intact ({error.message}); publishing it again.")
+        else:
+            return _release(found, created=False)
+    progress(f"Building the bundle of version {info.version}.")
+    built = _build(settings, catalog, store, info)
+    registry.tag_version(settings, info.version, "bundle_sha256", built.sha256)
+    return _release(built, created=True)
+
+
+def find(settings: Settings, catalog: Catalog, store: ObjectStore, version: str | int = "champion") -> Release:
+    """The published bundle of a version, verified.
+
+    Raises:
+        NotFound: no such version, or it was not released. IntegrityError. Unavailable.
+    """
+    info = registry.show(settings, catalog, version)
+    if not info.bundle_sha256:
+        raise NotFound(
+            f"version {info.version} has not been released.", hint=f"Run `lawnwatch release --version {info.version}`."
+        )
+    return _release(bundle.read(store, info.bundle_sha256, settings.home / "cache" / "bundles"), created=False)
+
+
+def _release(found: bundle.Bundle, *, created: bool) -> Release:
+    size = sum(entry.bytes for entry in found.manifest.files.values())
+    version = found.manifest.model_version
+    done = "Published" if created else "Already published:"
+    return Release(
+        version=version,
+        sha256=found.sha256,
+        bytes=size,
+        created=created,
+        message=f"{done} version {version} as bundle {found.sha256[:12]} ({size / 1e6:.1f} MB).",
+    )
+
+
+def _build(settings: Settings, catalog: Catalog, store: ObjectStore, info: registry.VersionInfo) -> bundle.Bundle:
+    trained = registry.artifacts(settings, info.run_id, "model")
+    judged = registry.artifacts(settings, info.run_id, "evaluation")
+    facts: dict[str, Any] = json.loads((trained / "model.json").read_text())
+    evaluation: dict[str, Any] = json.loads((judged / bundle.EVALUATION).read_text())
+    answers: dict[str, list[dict[str, Any]]] = json.loads((judged / "predictions.json").read_text())
+    if facts["preprocessing"] != images.PREPROCESSING:
+        raise IntegrityError(
+            f"version {info.version} was trained with another preprocessing than this release's.",
+            hint="Train again with this release of lawnwatch.",
+        )
+    classes, temperature = facts["classes"], evaluation["temperature"]
+    # The recorded verdict may be a later one, against another champion; the promotion rested on this.
+    evaluation["verdict"] = {"decision": info.decision, "reason": info.reason}
+
+    model = (trained / bundle.MODEL).read_bytes()
+    files = {bundle.MODEL: model}
+    graph = bundle.Graph(model, classes=len(classes))
+    golden = []
+    for i, answer in enumerate(golden_rows(answers["validation"], classes)):
+        data = store.get(answer["object_key"])
+        picture = images.decode(data, size=graph.size, max_pixels=settings.images.max_pixels)
+        p = bundle.probabilities(graph(picture).logits, temperature)
+        name = f"golden/{i}{Path(answer['object_key']).suffix}"
+        files[name] = data
+        golden.append(
+            bundle.GoldenAnswer(
+                file=name, label=answer["label"], probabilities=dict(zip(classes, p.tolist(), strict=True))
+            )
+        )
+    for name in (bundle.SKETCH, bundle.UNKNOWN):
+        files[name] = (judged / name).read_bytes()
+    files[bundle.EVALUATION] = json.dumps(evaluation, indent=1, sort_keys=True).encode()
+    files[bundle.MODEL_CARD] = model_card(settings.model_name, info, facts, evaluation).encode()
+    meta = bundle.BundleMeta(
+        model_name=settings.model_name,
+        model_version=info.version,
+        classes=classes,
+        preprocessing=facts["preprocessing"],
+        temperature=temperature,
+        unknown=bundle.Unknown(**evaluation["unknown"]),
+        inputs={name: bundle.TensorSpec(**spec) for name, spec in facts["inputs"].items()},
+        outputs={name: bundle.TensorSpec(**spec) for name, spec in facts["outputs"].items()},
+        golden=golden,
+        tolerance=TOLERANCE,
+        evaluation=evaluation,
+        lineage=bundle.Lineage(
+            snapshot=facts["snapshot"],
+            run_id=info.run_id,
+            git_commit=facts["git_commit"],
+            weights=facts["weights"],
+            samples=facts["samples"],
+            candidate=facts["candidate"],
+            created_at=datetime.fromisoformat(facts["created_at"]),
+        ),
+    )
+    return bundle.write(store, files, meta)
+
+
+def golden_rows(answers: Sequence[dict[str, Any]], classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Validation pictures whose answers show a wrong resize, channel order or class order.
+
+    Of each class the picture the model is surest of and those it is least sure of: a certain answer shows swapped
+    classes, an uncertain one moves with the smallest change of a pixel.
+    """
+    chosen: list[dict[str, Any]] = []
+    for label in classes:
+        mine = sorted(
+            (answer for answer in answers if answer["label"] == label),
+            key=lambda answer: (-max(answer["probabilities"].values()), answer["sha256"]),
+        )
+        chosen += mine[:1] + mine[1:][-(GOLDEN_PER_CLASS - 1) :]
+    return chosen
+
+
+def model_card(name: str, info: registry.VersionInfo, facts: dict[str, Any], evaluation: dict[str, Any]) -> str:
+    """What the model is, how good, on what, and what it is not for: Markdown."""
+    lines = [
+        f"# {name} v{info.version}",
+        "",
+        f"Tells {', '.join(facts['classes'])} apart in photographs. MobileNetV2 at 224 × 224, candidate "
+        f"`{facts['candidate']}`, LiteRT float32.",
+        "",
+    ]
+    if facts["samples"]:
+        lines += ["**Trained on drawn sample pictures. Its answers on photographs mean nothing.**", ""]
+    lines += [
+        f"## How good, on {evaluation['images']} test images",
+        "",
+        "| figure | value | 95 % interval |",
+        "|---|---|---|",
+    ]
+    for figure, one in evaluation["metrics"].items():
+        lines.append(f"| {figure} | {one['value']:.3f} | {one['low']:.3f} to {one['high']:.3f} |")
+    lines += ["", "| class | precision | recall | test images |", "|---|---|---|---|"]
+    for label, one in evaluation["per_class"].items():
+        precision, recall = (_figure(one[name]["value"]) for name in ("precision", "recall"))
+        lines.append(f"| {label} | {precision} | {recall} | {one['support']} |")
+    lines += [
+        "",
+        f"Verdict: {evaluation['verdict']['decision']}. {evaluation['verdict']['reason']}",
+        "",
+        f"Probabilities are calibrated with temperature {evaluation['temperature']:.2f}, fitted on the validation "
+        "split. A picture unlike the training photographs gets a high `unknown_score` "
+        f"(threshold {evaluation['unknown']['threshold']:.3f}, {evaluation['unknown']['method']}).",
+        "",
+        "## Limits",
+        "",
+        "- It knows the classes above and nothing else; of a picture of something else it still names one of them.",
+        "- It was measured on pictures from the same sources as it was trained on; other lawns, seasons and cameras "
+        "may differ.",
+        "- Pictures are stretched to a square: very long ones are distorted.",
+        "",
+        "## Where it comes from",
+        "",
+        f"- snapshot `{facts['snapshot']}`",
+        f"- MLflow run `{info.run_id}`",
+        f"- starting weights: {facts['weights']}",
+        f"- code: {facts['git_commit']}",
+        f"- trained: {facts['created_at']}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _figure(value: float | None) -> str:
+    return "none predicted" if value is None else f"{value:.3f}"
