@@ -133,15 +133,15 @@ def size(count: int) -> str:
 
 
 def ago(moment: datetime, now: datetime | None = None) -> str:
-    """`just now`, `5 minutes ago`, `3 hours ago`, then the date."""
+    """`just now`, `5 min ago`, `3 h ago`, `2 days ago`, then the date."""
     moment = _aware(moment)
     seconds = ((now or datetime.now(UTC)) - moment).total_seconds()
     if seconds < 45:
         return "just now"
-    for span, name, most in ((60, "minute", 60), (3600, "hour", 24), (86400, "day", 14)):
+    for span, name, most in ((60, "min", 60), (3600, "h", 24), (86400, "day", 14)):
         count = max(1, round(seconds / span))
         if count < most:
-            return f"{count} {name}{'' if count == 1 else 's'} ago"
+            return f"{count} {name}{'s' if name == 'day' and count > 1 else ''} ago"
     return moment.strftime("%Y-%m-%d")
 
 

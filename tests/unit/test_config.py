@@ -51,7 +51,7 @@ def test_mlflows_own_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read(monkeypatch, MLFLOW_TRACKING_URI="http://mlflow:5000").mlflow_tracking_uri == "http://mlflow:5000"
 
 
-@pytest.mark.parametrize("password", sorted(PLACEHOLDERS) + ["ADMIN", "ChangeMe", "%61dmin"])
+@pytest.mark.parametrize("password", [*sorted(PLACEHOLDERS), "ADMIN", "ChangeMe", "%61dmin"])
 def test_a_database_password_that_everybody_knows_is_refused(monkeypatch: pytest.MonkeyPatch, password: str) -> None:
     said = refused(monkeypatch, LAWNWATCH_DATABASE_URL=f"mysql+pymysql://lawnwatch:{password}@db/lawnwatch")
     assert "LAWNWATCH_DATABASE_URL has a blank or well-known password" in said

@@ -338,7 +338,7 @@ def test_the_model_page_shows_what_was_measured_with_intervals(stub: Stub) -> No
     assert_calm(app)
     said = text(app)
     for wanted in (
-        "Serving v3", "5 minutes ago", "Golden check passed", SHA[:12],
+        "Serving v3", "5 min ago", "Golden check passed", SHA[:12],
         "95.0 % (90.0 – 100.0)", "0.123 (0.050 – 0.210)", "0.021",
         "97.5 % (95.5 – 99.5)", "80 images of the test split", "Verdict: promote", "linear_probe",
         "d5195ff", "0.42",
@@ -579,7 +579,7 @@ def test_a_share_is_never_rounded_into_certainty(share: float, said: str) -> Non
 
 @pytest.mark.parametrize(
     ("seconds", "said"),
-    [(-5, "just now"), (10, "just now"), (60, "1 minute ago"), (3540, "59 minutes ago"), (3600, "1 hour ago"),
+    [(-5, "just now"), (10, "just now"), (60, "1 min ago"), (3540, "59 min ago"), (3600, "1 h ago"),
      (90000, "1 day ago"), (864000, "10 days ago"), (8640000, "2026-08-13")],
 )  # fmt: skip
 def test_times_are_told_as_a_person_would(seconds: int, said: str) -> None:
