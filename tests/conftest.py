@@ -6,42 +6,21 @@ Servers start once a session; a test that must break one asks for its own (`star
 
 from __future__ import annotations
 
-import ctypes
-import http.server
-import importlib.util
 import os
 import secrets
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+import samples
 from lawnwatch import config
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def load_script(path: str) -> ModuleType:
-    """Import a script of the repository, such as `infra/samples.py`, which no package holds."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
+from processes import Server, answers, free_port, program, served
 
 # ── settings and data ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -57,9 +36,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No setting of the developer's shell reaches a test, except what is meant for tests."""
     for name in list(os.environ):
         if name == "MLFLOW_TRACKING_URI" or (
-            name.startswith("LAWNWATCH_")
-            and not name.startswith("LAWNWATCH_TEST_")
-            and name != "LAWNWATCH_WEIGHTS"
+            name.startswith("LAWNWATCH_") and not name.startswith("LAWNWATCH_TEST_") and name != "LAWNWATCH_WEIGHTS"
         ):
             monkeypatch.delenv(name)
     config.get_settings.cache_clear()
@@ -87,104 +64,15 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = Path(folder).resolve()
         assert any(path.glob("*/*.jpg")), f"LAWNWATCH_TEST_PHOTOS={folder} holds no <label>/*.jpg"
         return path
-    drawn: Path = load_script("infra/samples.py").draw(tmp_path_factory.mktemp("photos"))
-    return drawn
+    return samples.draw(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(scope="session")
 def photo_web(photos: Path) -> Iterator[str]:
     """The photos on loopback, at `<photo_web>/<label>/<file>`; fetching needs allow_cidrs=["127.0.0.0/8"]."""
 
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(photos)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-
-
-# ── processes ───────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def program(name: str, *places: str) -> str:
-    """The path of a program, or a failure that says how to get it."""
-    for place in (*places, name, f"/usr/sbin/{name}"):
-        if found := shutil.which(place):
-            return found
-    pytest.fail(f"{name} is not installed; run infra/test-servers", pytrace=False)
-
-
-def _die_with_parent() -> None:
-    """A killed test run leaves no server behind (Linux; elsewhere the fixtures' own clean-up must do)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
-
-
-@dataclass
-class Server:
-    """A process that a test started, with its log; `stop` and `start` may be used to break and mend it."""
-
-    argv: list[str]
-    ready: Callable[[], bool]
-    log: Path
-    env: dict[str, str] = field(default_factory=dict)
-    process: subprocess.Popen[bytes] | None = None
-
-    def start(self, deadline: float = 90.0) -> Server:
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.argv,
-                env=os.environ | self.env,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=_die_with_parent,
-            )
-        end = time.monotonic() + deadline
-        while time.monotonic() < end:
-            if self.process.poll() is not None:
-                break
-            if self.ready():
-                return self
-            time.sleep(0.1)
-        state = (
-            f"ended with {self.process.returncode}" if self.process.poll() is not None else "did not answer"
-        )
-        self.stop()
-        pytest.fail(f"{self.argv[0]} {state}:\n{self.log.read_text(errors='replace')[-3000:]}", pytrace=False)
-
-    def stop(self, sig: int = signal.SIGTERM) -> None:
-        if self.process is None:
-            return
-        for each in (sig, signal.SIGKILL):
-            try:
-                os.killpg(self.process.pid, each)
-            except ProcessLookupError:
-                break
-            try:
-                self.process.wait(timeout=20)
-                break
-            except subprocess.TimeoutExpired:
-                continue
-        self.process = None
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
+    with served(photos) as url:
+        yield url
 
 
 # ── MariaDB ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -203,9 +91,7 @@ class MariaDb:
 
         name = f"{prefix}_{secrets.token_hex(4)}"
         with (
-            pymysql.connect(
-                host="127.0.0.1", port=self.port, user="lawnwatch", password=self.password
-            ) as connection,
+            pymysql.connect(host="127.0.0.1", port=self.port, user="lawnwatch", password=self.password) as connection,
             connection.cursor() as cursor,
         ):
             cursor.execute(f"CREATE DATABASE {name} CHARACTER SET utf8mb4 COLLATE utf8mb4_unicode_ci")
@@ -239,9 +125,7 @@ def _start_mariadb(folder: Path) -> MariaDb:
 
     def ready() -> bool:
         try:
-            pymysql.connect(
-                host="127.0.0.1", port=port, user="lawnwatch", password=password, connect_timeout=2
-            ).close()
+            pymysql.connect(host="127.0.0.1", port=port, user="lawnwatch", password=password, connect_timeout=2).close()
         except pymysql.Error:
             return False
         return True
@@ -310,7 +194,7 @@ def _start_minio(folder: Path) -> Minio:
     port, access, secret = free_port(), "lawnwatch-tests", secrets.token_urlsafe(18)
     server = Server(
         [binary, "server", str(folder / "data"), "--address", f"127.0.0.1:{port}", "--quiet"],
-        partial(_answers, f"http://127.0.0.1:{port}/minio/health/live"),
+        partial(answers, f"http://127.0.0.1:{port}/minio/health/live"),
         folder / "log",
         {"MINIO_ROOT_USER": access, "MINIO_ROOT_PASSWORD": secret, "MINIO_BROWSER": "off"},
     ).start()
@@ -353,7 +237,7 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
          "--host", "127.0.0.1", "--port", str(port),
          "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}",
          "--artifacts-destination", f"file://{folder / 'artifacts'}"],
-        partial(_answers, f"http://127.0.0.1:{port}/health"),
+        partial(answers, f"http://127.0.0.1:{port}/health"),
         folder / "log",
         {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
     ).start()  # fmt: skip

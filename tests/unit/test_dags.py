@@ -98,11 +98,7 @@ def test_every_dag_explains_itself(parsed):
 def test_the_assets_join_the_dags(parsed):
     dags = parsed["dags"]
     assert dags["data_pipeline"]["outlets"] == dags["training_pipeline"]["schedule"] == ["lawnwatch_snapshot"]
-    assert (
-        dags["training_pipeline"]["outlets"]
-        == dags["inference_pipeline"]["schedule"]
-        == ["lawnwatch_release"]
-    )
+    assert dags["training_pipeline"]["outlets"] == dags["inference_pipeline"]["schedule"] == ["lawnwatch_release"]
 
 
 def test_no_pod_is_described_where_tasks_are_processes(parsed):
