@@ -178,23 +178,22 @@ class ModelWatcher:
         self.store_reachable = False
         reason = f"the object store does not answer ({error.message.rstrip('.')})"
         self._say(reason)
-        if self.current is None:
-            self._load_last_good()
-            if self.current is not None:
-                self.reason = f"{reason}; the model is the one that served last"
+        if self.current is None and self._load_last_good():
+            self.reason = f"{reason}; the model is the one that served last"
 
-    def _load_last_good(self) -> None:
-        """The bundle this machine served last, from the cache, verified and proven again."""
+    def _load_last_good(self) -> bool:
+        """Serve the bundle this machine served last, from the cache, verified and proven again."""
         try:
             sha256 = str(json.loads(self._last_good.read_text())["sha256"])
         except (OSError, ValueError, KeyError, TypeError):
-            return
+            return False
         try:
             self._load(cast(ObjectStore, _NoStore()), sha256, None)
         except LawnwatchError as error:
             self.reason = f"{self.reason}; the cached model cannot be used: {error.message.rstrip('.')}"
-        else:
-            logger.warning("serving the cached model, the store is down", sha256=sha256)
+            return False
+        logger.warning("serving the cached model, the store is down", sha256=sha256)
+        return True
 
     def _remember(self, sha256: str) -> None:
         try:
