@@ -21,7 +21,7 @@ from lawnwatch.errors import ImageError, ImageTooLarge, UnsupportedMedia
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
-CONTENT_TYPES = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
+MEDIA_TYPES = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 SIZE = 224
 
 # Recorded in every bundle: a server whose code prepares pictures differently must not serve it.
