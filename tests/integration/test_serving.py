@@ -24,9 +24,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
 from PIL import Image
+from pydantic import SecretStr
 
-from lawnwatch.catalog import Catalog
+from lawnwatch.catalog import Base, Catalog
 from lawnwatch.config import Settings
 from lawnwatch.errors import RolloutFailed
 from lawnwatch.rollout import TARGET_KEY, LocalRollout, ReleaseTarget
@@ -737,3 +740,29 @@ def test_pictures_are_kept_by_policy(start: Callable[..., Api]) -> None:
     assert api.get(f"/predictions/{unsure}/image").status == 200
     shutil.rmtree(api.home / "store" / "predictions")
     problem(api.get(f"/predictions/{unsure}/image"), 404, "not_found")
+
+
+def test_records_and_rollouts_on_a_real_mariadb(start: Callable[..., Api], graphs: Path, mariadb: str) -> None:
+    api = start(bundle=False, LAWNWATCH_DATABASE_URL=mariadb)
+    settings = api.settings.model_copy(update={"database_url": SecretStr(mariadb)})
+    catalog = Catalog(settings)
+    catalog.migrate()
+    rollout = LocalRollout(settings, catalog, api.store)
+    first = sb.publish(api.store, graphs, version=1)
+    second = sb.publish(api.store, graphs, version=2, graph="sharper", golden_from="sharper")
+    for bundle in (first, second):
+        target = ReleaseTarget.single(bundle.manifest.model_version, bundle.sha256)
+        assert rollout.start(target, timeout=20).state == "complete"
+    assert rollout.undo(timeout=20).model_version == 1
+    made = [api.predict(sb.picture(sb.YELLOW)).json["prediction_id"] for _ in range(3)]
+    wait_for(lambda: api.get(f"/predictions/{made[-1]}").status == 200)
+    page = api.get("/predictions?limit=2").json
+    assert [item["prediction_id"] for item in page["items"]] == made[:0:-1]
+    assert api.get(f"/predictions?before={page['next']}").json["items"][0]["prediction_id"] == made[0]
+    assert api.get(page["items"][0]["image_url"]).body == sb.picture(sb.YELLOW)
+    with catalog.engine.connect() as connection:
+        differences = compare_metadata(
+            MigrationContext.configure(connection, opts={"compare_type": False}), Base.metadata
+        )
+    ours = [change for change in differences if "predictions" in str(change) or "rollouts" in str(change)]
+    assert ours == [], "the migrations must make what the models say"
