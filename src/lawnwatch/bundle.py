@@ -19,6 +19,7 @@ import json
 import math
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -492,7 +493,7 @@ class UnknownDetector:
             try:
                 with np.load(io.BytesIO(bundle.bytes_of(UNKNOWN)), allow_pickle=False) as arrays:
                     bank = arrays["bank"].astype(np.float32)
-            except (KeyError, ValueError, OSError) as error:
+            except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
                 raise IntegrityError(f"{UNKNOWN} cannot be read: {error}") from error
         return cls(spec, bundle.manifest.temperature, bank)
 

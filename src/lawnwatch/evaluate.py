@@ -62,7 +62,7 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
 
 def mcnemar(wins: int, losses: int) -> float:
     """Exact two-sided p of McNemar's test: how surprising this split is if neither model is better."""
-    from scipy.stats import binomtest
+    from scipy.stats import binomtest  # type: ignore[import-untyped]
 
     return 1.0 if wins + losses == 0 else float(binomtest(wins, wins + losses, 0.5).pvalue)
 

@@ -7,6 +7,7 @@ process and every hour can make its own. Two sketches can be compared because bi
 from __future__ import annotations
 
 import io
+import zipfile
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -114,7 +115,7 @@ class Sketch:
                     brightness=arrays["brightness"],
                     sharpness=arrays["sharpness"],
                 )
-        except (ValueError, KeyError, OSError, EOFError, TypeError) as error:
+        except (ValueError, KeyError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
             raise IntegrityError(f"this is no sketch: {error}") from error
         shapes = (found.projections.shape, found.brightness.shape, found.sharpness.shape)
         expected = (

@@ -335,7 +335,7 @@ def _compute(
     n = len(snapshot.classes)
     candidates: list[Candidate] = []
 
-    def done(name: str, make: Callable[[], tuple[Candidate, dict[str, NDArray[Any]]]]) -> Candidate:
+    def done(name: str, make: Callable[[], tuple[Candidate, dict[str, NDArray[Any]]]]) -> None:
         place = work / f"{name}.json"
         if place.exists():
             candidate = Candidate(**json.loads(place.read_text()))
@@ -344,14 +344,13 @@ def _compute(
             clock = time.monotonic()
             candidate, arrays = make()
             candidate = replace(candidate, seconds=time.monotonic() - clock)
-            np.savez(work / f"{name}.npz", allow_pickle=False, **arrays)  # type: ignore[arg-type]
+            np.savez(work / f"{name}.npz", allow_pickle=False, **arrays)
             _write(place, json.dumps(asdict(candidate)).encode())
         progress(
             f"{name}: validation accuracy {candidate.val_accuracy:.1%}, log loss {candidate.val_log_loss:.3f} "
             f"({candidate.seconds:.0f} s){'; ' + candidate.note if candidate.note else ''}."
         )
         candidates.append(candidate)
-        return candidate
 
     done("color_baseline", lambda: color_baseline(train, val, n))
     done("linear_probe", lambda: linear_probe(train, val, n))
@@ -384,12 +383,12 @@ class Extractor:
             f"{RECIPE}|{weights.sha256}|{settings.train.seed}|{json.dumps(images.PREPROCESSING, sort_keys=True)}"
         )
 
-        @tf.function(input_signature=[tf.TensorSpec([None, model.SIZE, model.SIZE, 3], tf.uint8)])
         def forward(batch: Any) -> Any:
             cut = network.bottom(batch, training=False)
             return tf.cast(cut, tf.float16), tf.reduce_mean(network.top(cut, training=False), [1, 2])
 
-        self._forward = forward
+        signature = [tf.TensorSpec([None, model.SIZE, model.SIZE, 3], tf.uint8)]
+        self._forward = tf.function(forward, input_signature=signature)
 
     def features(
         self, snapshot: dataset.Snapshot, split: str, *, views: int, cuts: int, progress: Progress
@@ -534,7 +533,7 @@ def fit_temperature(logits: NDArray[np.floating[Any]], labels: NDArray[np.int64]
     The targets are Platt's, (n + 1) / (n + k) instead of 1: a small split without a single mistake would
     otherwise drive the temperature to zero and every answer to certainty.
     """
-    from scipy.optimize import minimize_scalar
+    from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]
 
     n, k = logits.shape
     right = (n + 1) / (n + k)
