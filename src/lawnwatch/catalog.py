@@ -12,21 +12,23 @@ import fcntl
 import hashlib
 import json
 import os
+import random
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, joinedload, mapped_column, relationship
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
 from lawnwatch.config import Settings
 from lawnwatch.errors import Conflict, DataError, InputError, NotFound, SettingsError, Unavailable
@@ -35,6 +37,9 @@ State = Literal["pending", "claimed", "stored", "quarantined", "blocked", "gone"
 Split = Literal["train", "validation", "test"]
 MAX_URL = 2048
 IMPORT_BATCH = 1000
+# MySQL: lock wait timeout, deadlock, connection refused, gone and lost (also at a server's shutdown).
+PASSING = {1205, 1213, 2002, 2003, 2006, 2013, 1053, 1927}
+T = TypeVar("T")
 
 
 class UtcDateTime(sa.TypeDecorator[datetime]):
@@ -168,6 +173,15 @@ class ImportReport:
 
 
 @dataclass
+class _Added:
+    """What one batch of an import did."""
+
+    added: int = 0
+    unchanged: int = 0
+    conflicting: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass
 class CatalogStatus:
     """Image records counted."""
 
@@ -246,6 +260,25 @@ class Catalog:
         with self._faults(), Session(self.engine, expire_on_commit=False) as session, session.begin():
             yield session
 
+    def retried(self, work: Callable[[], T], *, patience: float = 20.0) -> T:
+        """Do `work`, again while the database deadlocks or restarts, for at most about `patience` seconds.
+
+        For work that may be done twice: a commit whose answer was lost is repeated.
+
+        Raises:
+            Unavailable: the database stayed away.
+        """
+        end = time.monotonic() + patience
+        for attempt in range(1000):
+            try:
+                return work()
+            except Unavailable as error:
+                pause = random.uniform(0.05, min(0.1 * 2**attempt, 2.0))  # noqa: S311
+                if not _passes(error) or time.monotonic() + pause > end:
+                    raise
+                time.sleep(pause)
+        raise AssertionError("unreachable: the patience ends first")
+
     @contextmanager
     def _faults(self) -> Iterator[None]:
         try:
@@ -315,8 +348,9 @@ class Catalog:
         Raises:
             InputError: the URL or the label cannot be one.
         """
-        report = self._add_rows([checked_row(url, label)], source)
-        return "added" if report.added else "conflict" if report.conflicts else "unchanged"
+        row = checked_row(url, label)
+        report = self.retried(lambda: self._add_rows([row], source))
+        return "added" if report.added else "conflict" if report.conflicting else "unchanged"
 
     def import_file(
         self, file: Path, *, source: str = "import", on_progress: Callable[[str], None] = lambda line: None
@@ -342,10 +376,11 @@ class Catalog:
 
         rows = good()
         for number, batch in enumerate(iter(lambda: list(islice(rows, IMPORT_BATCH)), []), start=1):
-            report = self._add_rows(batch, source, conflicts)
+            report = self.retried(partial(self._add_rows, batch, source))
+            conflicts += report.conflicting
             total.added += report.added
             total.unchanged += report.unchanged
-            total.conflicts += report.conflicts
+            total.conflicts += len(report.conflicting)
             if number % 20 == 0:
                 on_progress(f"imported {number * IMPORT_BATCH:,} rows, {total.added:,} of them new")
         total.rejected = len(rejects)
@@ -368,10 +403,8 @@ class Catalog:
             writer.writerows(rejects)
         return target
 
-    def _add_rows(
-        self, rows: list[tuple[str, str]], source: str, conflicts: list[tuple[str, str]] | None = None
-    ) -> ImportReport:
-        report = ImportReport()
+    def _add_rows(self, rows: list[tuple[str, str]], source: str) -> _Added:
+        report = _Added()
         with self.session() as session:
             labels = self._label_ids(session, {label for _, label in rows})
             names = {number: name for name, number in labels.items()}
@@ -379,17 +412,13 @@ class Catalog:
             for url, label in rows:
                 first = wanted.setdefault(url_hash(url), (url, label))
                 if first != (url, label):
-                    report.conflicts += 1
-                    if conflicts is not None:
-                        conflicts.append((url, label))
+                    report.conflicting.append((url, label))
             before = dict(
                 session.execute(
                     sa.select(ImageRecord.url_sha256, ImageRecord.label_id).where(
                         ImageRecord.url_sha256.in_(list(wanted))
                     )
-                )
-                .tuples()
-                .all()
+                ).all()
             )
             new = [
                 {"url": url, "url_sha256": key, "label_id": labels[label], "label_source": source, "state": "pending"}
@@ -403,16 +432,14 @@ class Catalog:
             report.added = len(new)
             for key, (url, label) in wanted.items():
                 if key in before and names.get(before[key]) != label:
-                    report.conflicts += 1
-                    if conflicts is not None:
-                        conflicts.append((url, label))
-            report.unchanged = len(rows) - report.added - report.conflicts
+                    report.conflicting.append((url, label))
+            report.unchanged = len(rows) - report.added - len(report.conflicting)
         return report
 
     def _label_ids(self, session: Session, names: set[str]) -> dict[str, int]:
         def known() -> dict[str, int]:
             found = session.execute(sa.select(Label.name, Label.id).where(Label.name.in_(names)))
-            return dict(found.tuples().all())
+            return dict(found.all())
 
         missing = names - known().keys()
         if missing:
@@ -425,18 +452,14 @@ class Catalog:
     def status(self) -> CatalogStatus:
         """Records counted by state, by label, and by the reason of those that cannot be used."""
         with self.session() as session:
-            states = dict(
-                session.execute(sa.select(ImageRecord.state, sa.func.count()).group_by("state")).tuples().all()
-            )
+            states = dict(session.execute(sa.select(ImageRecord.state, sa.func.count()).group_by("state")).all())
             labels = dict(
                 session.execute(
                     sa.select(Label.name, sa.func.count(ImageRecord.id))
                     .outerjoin(ImageRecord, ImageRecord.label_id == Label.id)
                     .group_by(Label.name)
                     .order_by(Label.name)
-                )
-                .tuples()
-                .all()
+                ).all()
             )
             code = sa.func.substr(ImageRecord.reason, 1, 60)
             reasons: dict[str, int] = dict(
@@ -446,9 +469,7 @@ class Catalog:
                     .group_by(code)
                     .order_by(sa.func.count().desc())
                     .limit(20)
-                )
-                .tuples()
-                .all()
+                ).all()
             )
         total = sum(states.values())
         by_state = {state: states[state] for state in get_args(State) if state in states}
@@ -541,26 +562,37 @@ class Catalog:
                     .where(ImageRecord.state == "claimed", condition)
                     .values(state="pending", claimed_by=None, claimed_until=None)
                 )
-            query = sa.select(ImageRecord).where(ImageRecord.state == "pending").order_by(ImageRecord.id).limit(limit)
+            label_ids: list[int] | None = None
             if labels:
-                known = dict(
-                    session.execute(sa.select(Label.name, Label.id).where(Label.name.in_(labels))).tuples().all()
-                )
+                known = dict(session.execute(sa.select(Label.name, Label.id).where(Label.name.in_(labels))).all())
                 if unknown := set(labels) - known.keys():
                     raise DataError(
                         f"The catalog has no label {', '.join(sorted(unknown))}.",
                         hint="`lawnwatch catalog status` lists the labels.",
                     )
-                query = query.where(ImageRecord.label_id.in_(known.values()))
-            query = query.options(joinedload(ImageRecord.label))
-            if self.is_mysql:
-                query = query.with_for_update(skip_locked=True, of=ImageRecord)
-            records = list(session.scalars(query))
+                label_ids = list(known.values())
+            taken = self.lock_pending(session, limit, label_ids)
+            records = list(
+                session.scalars(sa.select(ImageRecord).where(ImageRecord.id.in_(taken)).order_by(ImageRecord.id))
+            )
             for record in records:
                 record.state = "claimed"
                 record.claimed_by = worker
                 record.claimed_until = now + timedelta(seconds=lease_seconds)
             return records
+
+    def lock_pending(self, session: Session, limit: int, label_ids: list[int] | None) -> list[int]:
+        """Ids of pending records, locked for this transaction; those that another one holds are passed over.
+
+        Only `images` is read: MariaDB has no FOR UPDATE OF, so a join would lock the label's row, and with it hide
+        every record of that label from all other workers.
+        """
+        query = sa.select(ImageRecord.id).where(ImageRecord.state == "pending").order_by(ImageRecord.id).limit(limit)
+        if label_ids is not None:
+            query = query.where(ImageRecord.label_id.in_(label_ids))
+        if self.is_mysql:
+            query = query.with_for_update(skip_locked=True)
+        return list(session.scalars(query))
 
     def finish(self, worker: str, outcomes: Iterable[tuple[int, dict[str, Any]]]) -> int:
         """Record what became of claimed records: (id, columns) each; returns how many were still this worker's.
@@ -577,6 +609,12 @@ class Catalog:
                 )
                 written += affected(done)
         return written
+
+
+def _passes(error: Unavailable) -> bool:
+    """Whether the fault behind it may be gone in a moment."""
+    fault = getattr(error.__cause__, "orig", None)
+    return fault is not None and bool(fault.args) and fault.args[0] in PASSING
 
 
 def affected(result: sa.Result[Any]) -> int:
@@ -635,7 +673,7 @@ def checked_row(url: str, label: str) -> tuple[str, str]:
         parts = urlsplit(url)
     except ValueError:
         parts = urlsplit("")
-    if parts.scheme not in ("http", "https") or not parts.netloc or len(url) > MAX_URL or not url.isprintable():
+    if parts.scheme not in ("http", "https") or not parts.netloc or len(url) > MAX_URL or not _is_text(url):
         raise InputError(f"A source URL is http(s)://… of at most {MAX_URL} characters; received {url[:80]!r}.")
     return url, checked_label(label)
 
@@ -643,9 +681,14 @@ def checked_row(url: str, label: str) -> tuple[str, str]:
 def checked_label(label: str) -> str:
     """The label itself, stripped, when it can be one. Raises InputError."""
     label = (label or "").strip()
-    if not 1 <= len(label) <= 190 or not label.isprintable() or label == "unknown":
+    if not 1 <= len(label) <= 190 or not _is_text(label) or label == "unknown":
         raise InputError(f"A label has 1 to 190 printable characters and is not `unknown`; received {label[:80]!r}.")
     return label
+
+
+def _is_text(value: str) -> bool:
+    """Printable, and without the mark that stands for bytes that were not UTF-8."""
+    return value.isprintable() and "\ufffd" not in value
 
 
 def _rows_of(file: Path) -> Iterator[tuple[int, str, str]]:
@@ -656,7 +699,13 @@ def _rows_of(file: Path) -> Iterator[tuple[int, str, str]]:
         with file.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
             reader = csv.DictReader(stream)
             _need_columns(file, reader.fieldnames or [])
-            for row in reader:
+            while True:
+                try:
+                    row = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error:  # such as a field of more than 128 kB: a row that is no row
+                    row = {}
                 yield reader.line_num, row.get("url") or "", row.get("label") or ""
     elif file.suffix == ".jsonl":
         with file.open(encoding="utf-8", errors="replace") as stream:
@@ -668,9 +717,13 @@ def _rows_of(file: Path) -> Iterator[tuple[int, str, str]]:
                     row = {"url": line.strip()}
                 yield number, str(row.get("url") or ""), str(row.get("label") or "")
     elif file.suffix == ".parquet":
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        table = pq.ParquetFile(file)
+        try:
+            table = pq.ParquetFile(file)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InputError(f"{file.name} is not a Parquet file that can be read: {error}.") from None
         _need_columns(file, table.schema_arrow.names)
         number = 0
         for batch in table.iter_batches(batch_size=IMPORT_BATCH, columns=["url", "label"]):

@@ -111,10 +111,20 @@ def create_snapshot(settings: Settings, catalog: Catalog, store: ObjectStore) ->
             records = list(
                 session.scalars(
                     sa.select(ImageRecord)
-                    .where(ImageRecord.state == "stored")
+                    .where(
+                        sa.or_(
+                            ImageRecord.state == "stored",
+                            # Judged anew each time: a correction frees all copies, another copy must not slip through.
+                            sa.and_(
+                                ImageRecord.state == "quarantined", ImageRecord.reason.startswith("label_conflict:")
+                            ),
+                        )
+                    )
                     .order_by(ImageRecord.sha256, ImageRecord.id)
                 )
             )
+            for record in records:
+                record.state, record.reason = "stored", None
             quarantined = _settle(records, settings.data)
             usable = [record for record in records if record.state == "stored"]
             _must_suffice(usable, settings.data)
@@ -138,7 +148,11 @@ def _settle(records: list[ImageRecord], settings: DataSettings) -> list[ImageRec
         first_by_sha.setdefault(str(record.sha256), record)
     shas = sorted(first_by_sha)
     hashes = np.array([int(first_by_sha[sha].phash or "0", 16) for sha in shas], dtype=np.uint64)
-    groups = _components(shas, near_pairs(hashes, settings.near_duplicate_distance))
+    # Pictures of one hash are joined in a star, not pair by pair: blank ones would give millions of pairs.
+    distinct, first, which = np.unique(hashes, return_index=True, return_inverse=True)
+    same = [(number, int(first[kind])) for number, kind in enumerate(which)]
+    near = [(int(first[one]), int(first[two])) for one, two in near_pairs(distinct, settings.near_duplicate_distance)]
+    groups = _components(shas, same + near)
 
     quarantined: list[ImageRecord] = []
 

@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from lawnwatch import images
 from lawnwatch.catalog import Catalog, ImageRecord, utc_now, worker_name
 from lawnwatch.config import Settings
 from lawnwatch.errors import BlockedSource, DataError, ImageError, Unavailable
-from lawnwatch.net import Fetched, Fetcher, FetchFailed
+from lawnwatch.net import Fetched, Fetcher, FetchFailed, Refused
 from lawnwatch.store import ObjectStore
 
 PROGRESS_SECONDS = 2.0
@@ -105,9 +106,10 @@ class _Run:
                     wanted = batch if self.limit is None else min(batch, self.limit - self.report.claimed)
                     if wanted <= 0:
                         break
-                    records = await self._blocking(
+                    claim = partial(
                         self.catalog.claim, wanted, worker=self.worker, lease_seconds=lease, labels=self.labels
                     )
+                    records = await self._blocking(self.catalog.retried, claim)
                     if not records:
                         break
                     held = [record.id for record in records]
@@ -135,7 +137,7 @@ class _Run:
         except ExceptionGroup as group_error:
             raise group_error.exceptions[0] from None
         outcomes = [task.result() for task in tasks]
-        await self._blocking(self.catalog.finish, self.worker, outcomes)
+        await self._blocking(self.catalog.retried, partial(self.catalog.finish, self.worker, outcomes))
         for _, values in outcomes:
             state = str(values["state"])
             setattr(self.report, state, getattr(self.report, state) + 1)
@@ -150,7 +152,7 @@ class _Run:
             fetched = await fetcher.fetch(record.url)
             return {**await self._blocking(self._keep, fetched), "attempts": attempts, "fetched_at": utc_now()}
         except BlockedSource as error:
-            state, reason = "blocked", f"blocked: {error.message}"
+            state, reason = "blocked", f"{error.reason if isinstance(error, Refused) else error.code}: {error.message}"
         except FetchFailed as error:
             state = "gone" if error.permanent else "failed"
             reason = f"{error.reason}: {error.message}"

@@ -73,6 +73,18 @@ class FetchFailed(LawnwatchError):
         self.retry_after = retry_after
 
 
+class Refused(BlockedSource):
+    """A URL that is not fetched.
+
+    Args:
+        reason: a short stable code, such as `private_address`.
+    """
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Fetched:
     """What a source gave: the body after decompression, and what lets us ask later whether it changed."""
@@ -131,11 +143,11 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
         addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
         for address in addresses:
             if not is_public(address, self._allowed):
-                raise BlockedSource(f"{host} is at {address}, which must not be reached from here.")
+                raise Refused(f"{host} is at {address}, which must not be reached from here.", reason="private_address")
         return addresses
 
     async def connect_unix_socket(self, path: str, timeout: float | None = None, socket_options: Any = None) -> Any:
-        raise BlockedSource("Unix sockets are never fetched from.")
+        raise Refused("Unix sockets are never fetched from.", reason="scheme")
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -210,7 +222,7 @@ class Fetcher:
                 if response.has_redirect_location:
                     target = urljoin(url, response.headers["location"])
                     if urlsplit(url).scheme == "https" and urlsplit(target).scheme == "http":
-                        raise BlockedSource("The source redirects from https to http.")
+                        raise Refused("The source redirects from https to http.", reason="redirect_to_http")
                     url = target
                     continue
                 _refuse_status(response)
@@ -229,7 +241,7 @@ class Fetcher:
         except httpx.ConnectError as error:
             raise FetchFailed(f"No connection: {error}.", reason="connect") from error
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-            raise BlockedSource(f"Not a URL that can be fetched: {error}.") from error
+            raise Refused(f"Not a URL that can be fetched: {error}.", reason="bad_url") from error
         except (httpx.HTTPError, httpx.StreamError, zlib.error) as error:
             raise FetchFailed(f"The connection broke ({type(error).__name__}).", reason="connection") from error
 
@@ -245,6 +257,8 @@ class Fetcher:
             body += inflater.decompress(raw, cap + 1 - len(body)) if inflater else raw
             if len(body) > cap:
                 raise ImageTooLarge(f"The source sends more than {cap:,} bytes.")
+        if inflater is not None and not inflater.eof:
+            raise FetchFailed("The compressed body is cut short.", reason="short_body")
         declared = response.headers.get("content-length", "")
         if inflater is None and declared.isdecimal() and int(declared) != len(body):
             raise FetchFailed(f"{len(body)} of {declared} bytes came.", reason="short_body")
@@ -274,15 +288,17 @@ def checked_url(url: str, settings: FetchSettings) -> str:
         parts = urlsplit(url)
         host, port = (parts.hostname or "").lower().rstrip("."), parts.port
     except ValueError as error:
-        raise BlockedSource(f"Not a URL: {error}.") from None
+        raise Refused(f"Not a URL: {error}.", reason="bad_url") from None
     if parts.scheme not in ("http", "https") or not host:
-        raise BlockedSource(f"Only http and https are fetched; received {parts.scheme[:20] or 'no scheme'!r}.")
+        raise Refused(
+            f"Only http and https are fetched; received {parts.scheme[:20] or 'no scheme'!r}.", reason="scheme"
+        )
     if parts.username is not None or parts.password is not None:
-        raise BlockedSource("A source URL must not hold a user or a password.")
+        raise Refused("A source URL must not hold a user or a password.", reason="user_info")
     if port is not None and port not in PORTS and not settings.allow_cidrs:
-        raise BlockedSource(f"Only the ports 80 and 443 are fetched from; received {port}.")
+        raise Refused(f"Only the ports 80 and 443 are fetched from; received {port}.", reason="port")
     if settings.allow_hosts and not any(host == each or host.endswith("." + each) for each in settings.allow_hosts):
-        raise BlockedSource(f"{host} is not on the list of allowed hosts.")
+        raise Refused(f"{host} is not on the list of allowed hosts.", reason="host_not_allowed")
     return host
 
 

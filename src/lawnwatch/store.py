@@ -194,6 +194,8 @@ class LocalStore:
         return ObjectInfo(key, path.stat().st_size) if path.is_file() else None
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        if prefix.strip("/"):
+            checked_key(prefix.rstrip("/"))
         folder = self.root / prefix.rpartition("/")[0]
         found = (
             (path.relative_to(self.root).as_posix(), path)

@@ -1,5 +1,7 @@
 """Image records, labels and snapshots."""
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
@@ -11,7 +13,7 @@ depends_on = None
 
 MOMENT = sa.DateTime().with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
 NUMBER = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-TABLE = {"mysql_charset": "utf8mb4", "mysql_collate": "utf8mb4_unicode_ci", "mysql_engine": "InnoDB"}
+TABLE: dict[str, Any] = {"mysql_charset": "utf8mb4", "mysql_collate": "utf8mb4_unicode_ci", "mysql_engine": "InnoDB"}
 
 
 def upgrade() -> None:
@@ -27,6 +29,7 @@ def upgrade() -> None:
         sa.Column("created_at", MOMENT, nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_labels"),
         sa.UniqueConstraint("name", name="uq_labels_name"),
+        if_not_exists=True,
         **TABLE,
     )
     op.create_table(
@@ -60,11 +63,12 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_images"),
         sa.UniqueConstraint("url_sha256", name="uq_images_url_sha256"),
         sa.ForeignKeyConstraint(["label_id"], ["labels.id"], name="fk_images_label_id"),
+        if_not_exists=True,
         **TABLE,
     )
-    op.create_index("ix_images_state_id", "images", ["state", "id"])
-    op.create_index("ix_images_sha256", "images", ["sha256"])
-    op.create_index("ix_images_group_id", "images", ["group_id"])
+    _index("ix_images_state_id", "images", "state", "id")
+    _index("ix_images_sha256", "images", "sha256")
+    _index("ix_images_group_id", "images", "group_id")
     op.create_table(
         "label_history",
         sa.Column("id", NUMBER, autoincrement=True, nullable=False),
@@ -75,9 +79,10 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_label_history"),
         sa.ForeignKeyConstraint(["image_id"], ["images.id"], name="fk_label_history_image_id", ondelete="CASCADE"),
         sa.ForeignKeyConstraint(["label_id"], ["labels.id"], name="fk_label_history_label_id"),
+        if_not_exists=True,
         **TABLE,
     )
-    op.create_index("ix_label_history_image_id", "label_history", ["image_id"])
+    _index("ix_label_history_image_id", "label_history", "image_id")
     op.create_table(
         "snapshots",
         sa.Column("id", sa.CHAR(64), nullable=False),
@@ -85,9 +90,16 @@ def upgrade() -> None:
         sa.Column("counts", sa.JSON(), nullable=False),
         sa.Column("samples", sa.Boolean(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_snapshots"),
+        if_not_exists=True,
         **TABLE,
     )
-    op.create_index("ix_snapshots_created_at", "snapshots", ["created_at"])
+    _index("ix_snapshots_created_at", "snapshots", "created_at")
+
+
+def _index(name: str, table: str, *columns: str) -> None:
+    """MySQL commits each statement, so a migration that was killed finds some of its work done."""
+    if name not in {index["name"] for index in sa.inspect(op.get_bind()).get_indexes(table)}:
+        op.create_index(name, table, list(columns))
 
 
 def downgrade() -> None:

@@ -1,0 +1,301 @@
+"""The data plane on real servers: the catalog on MariaDB, the objects in MinIO, the pictures over HTTP."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from lawnwatch import dataset, ingest
+from lawnwatch.catalog import Catalog, ImageRecord
+from lawnwatch.config import Settings
+from lawnwatch.errors import NotFound, SettingsError, Unavailable
+from lawnwatch.store import ObjectStore, S3Store, open_store
+
+pytestmark = pytest.mark.integration
+WEB = "https://photos.example/"
+PER_CLASS = 30
+
+
+@pytest.fixture
+def real(tmp_path: Path, mariadb: str, minio: Any, photo_web: str) -> Settings:
+    """Settings of real servers, a database and a bucket of their own; photos.example is played on loopback."""
+    return Settings(
+        home=tmp_path / "home",
+        database_url=mariadb,
+        fetch={"allow_cidrs": ["127.0.0.0/8"], "origin_map": {WEB: f"{photo_web}/"}},
+        **minio.settings(),
+    )
+
+
+@pytest.fixture
+def catalog(real: Settings) -> Catalog:
+    catalog = Catalog(real)
+    catalog.migrate()
+    return catalog
+
+
+def fill(catalog: Catalog, photos: Path, folder: Path) -> int:
+    """Add PER_CLASS photos of each label under their photos.example URLs."""
+    urls = folder / "urls.csv"
+    chosen = [file for label in sorted(photos.iterdir()) for file in sorted(label.glob("*.jpg"))[:PER_CLASS]]
+    urls.write_text(
+        "url,label\n" + "".join(f"{WEB}{file.parent.name}/{file.name},{file.parent.name}\n" for file in chosen)
+    )
+    assert catalog.import_file(urls).added == len(chosen)
+    return len(chosen)
+
+
+def test_catalog_to_snapshot_and_again(real: Settings, catalog: Catalog, photos: Path, tmp_path: Path) -> None:
+    total = fill(catalog, photos, tmp_path)
+    store = open_store(real)
+    report = ingest.run(real, catalog, store)
+    assert (report.claimed, report.stored) == (total, total)
+    shas = {record["sha256"] for record in records(catalog)}
+    assert {info.key.split("/")[-1].split(".")[0] for info in store.list("images/")} == shas
+
+    snapshot = dataset.create_snapshot(real, catalog, store)
+    assert snapshot.created and len(snapshot.rows) == len(shas)
+    again = dataset.create_snapshot(real, catalog, store)
+    assert (again.id, again.created, again.rows) == (snapshot.id, False, snapshot.rows)
+    assert ingest.run(real, catalog, store).claimed == 0
+    row = snapshot.rows[0]
+    assert dataset.read_image(store, row, tmp_path / "cache") == store.get(row.object_key)
+
+
+def test_migrations_from_two_processes_at_once(real: Settings) -> None:
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        pool.map(migrate, [real] * 3)
+    assert {"images", "labels", "label_history", "snapshots"} <= set(sa.inspect(Catalog(real).engine).get_table_names())
+
+
+def migrate(settings: Settings) -> None:
+    Catalog(settings).migrate()
+
+
+def test_a_migration_that_was_killed_halfway_goes_on(real: Settings) -> None:
+    """MySQL commits each DDL statement: the tables of a killed migration are there, its revision is not."""
+    catalog = Catalog(real)
+    catalog.migrate()
+    with catalog.engine.begin() as connection:
+        connection.execute(sa.text("DELETE FROM alembic_version"))
+        for table in sa.inspect(connection).get_table_names():
+            if table not in ("alembic_version", "labels", "images"):
+                connection.execute(sa.text("SET FOREIGN_KEY_CHECKS=0"))
+                connection.execute(sa.text(f"DROP TABLE {table}"))
+        connection.execute(sa.text("DROP INDEX ix_images_sha256 ON images"))
+    catalog.migrate()
+    inspector = sa.inspect(catalog.engine)
+    assert {"label_history", "snapshots"} <= set(inspector.get_table_names())
+    assert "ix_images_sha256" in {index["name"] for index in inspector.get_indexes("images")}
+
+
+def test_a_second_worker_claims_while_the_first_one_is_claiming(catalog: Catalog) -> None:
+    """Not even the label row may be locked, or SKIP LOCKED hides every record of that label."""
+    for number in range(10):
+        catalog.add(f"{WEB}{number}.jpg", "grass")
+    with catalog.session() as session:
+        first = catalog.lock_pending(session, 5, None)
+        second = catalog.claim(5, worker="other:1:1", lease_seconds=60)
+    assert len(first) == len(second) == 5
+    assert not set(first) & {record.id for record in second}
+
+
+def test_many_workers_take_each_record_once(catalog: Catalog) -> None:
+    for number in range(200):
+        catalog.add(f"{WEB}{number}.jpg", "grass" if number % 2 else "dandelion")
+    taken: list[int] = []
+    lock = threading.Lock()
+
+    def work(name: str) -> None:
+        while claimed := catalog.claim(7, worker=f"host:{name}:1", lease_seconds=60):
+            done = [(record.id, {"state": "gone", "reason": "http_404"}) for record in claimed]
+            assert catalog.finish(f"host:{name}:1", done) == len(done)
+            with lock:
+                taken.extend(record.id for record in claimed)
+
+    workers = [threading.Thread(target=work, args=(str(number),)) for number in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(taken) == sorted(set(taken)) and len(taken) == 200
+
+
+def test_labels_that_differ_in_bytes_are_different(catalog: Catalog) -> None:
+    for number, label in enumerate(("Löwenzahn", "Lowenzahn", "löwenzahn", "草")):
+        assert catalog.add(f"{WEB}{number}.jpg", label) == "added"
+    assert set(catalog.status().by_label) == {"Löwenzahn", "Lowenzahn", "löwenzahn", "草"}
+    assert catalog.add(f"{WEB}A.jpg'; DROP TABLE images; --", "'; DROP TABLE labels; --") == "added"
+    assert catalog.add(f"{WEB}a.jpg'; DROP TABLE images; --", "Löwenzahn") == "added"
+    assert catalog.status().total == 6
+
+
+def test_28_the_database_is_killed_in_mid_run_and_comes_back(
+    tmp_path: Path, start_mariadb: Callable[[], Any], minio: Any, photos: Path, photo_web: str
+) -> None:
+    mariadb = start_mariadb()
+    settings = Settings(
+        home=tmp_path / "home",
+        database_url=mariadb.fresh(),
+        fetch={"allow_cidrs": ["127.0.0.0/8"], "origin_map": {WEB: f"{photo_web}/"}, "concurrency": 4},
+        **minio.settings(),
+    )
+    catalog = Catalog(settings)
+    catalog.migrate()
+    total = fill(catalog, photos, tmp_path)
+    store = open_store(settings)
+    breaking = KillAfter(store, 10, lambda: mariadb.server.stop(signal.SIGKILL))
+    reports: list[ingest.IngestReport] = []
+    run = threading.Thread(target=lambda: reports.append(ingest.run(settings, catalog, breaking)))  # type: ignore[arg-type]
+    run.start()
+    assert breaking.broken.wait(60)
+    time.sleep(1)
+    mariadb.server.start()
+    run.join()
+    assert [report.stored for report in reports] == [total]
+    assert catalog.status().by_state == {"stored": total}
+
+
+def test_28_a_database_that_is_gone_ends_in_bounded_time(tmp_path: Path, start_mariadb: Callable[[], Any]) -> None:
+    mariadb = start_mariadb()
+    catalog = Catalog(Settings(home=tmp_path, database_url=mariadb.fresh()))
+    catalog.migrate()
+    mariadb.server.stop(signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(Unavailable) as caught:
+        catalog.status()
+    assert time.monotonic() - started < 15
+    assert mariadb.password not in str(caught.value)
+
+
+def test_29_the_store_goes_away_in_mid_run_and_a_rerun_finishes(
+    tmp_path: Path, mariadb: str, start_minio: Callable[[], Any], photos: Path, photo_web: str
+) -> None:
+    minio = start_minio()
+    settings = Settings(
+        home=tmp_path / "home",
+        database_url=mariadb,
+        fetch={"allow_cidrs": ["127.0.0.0/8"], "origin_map": {WEB: f"{photo_web}/"}, "concurrency": 4},
+        **minio.settings("pictures"),
+    )
+    catalog = Catalog(settings)
+    catalog.migrate()
+    total = fill(catalog, photos, tmp_path)
+    breaking = KillAfter(open_store(settings), 10, lambda: minio.server.stop(signal.SIGKILL))
+    with pytest.raises(Unavailable):
+        ingest.run(settings, catalog, breaking)  # type: ignore[arg-type]
+    states = catalog.status().by_state
+    assert set(states) <= {"pending", "stored"}, "an outage of ours is not a fault of the source"
+    minio.server.start()
+    store = open_store(settings)
+    assert ingest.run(settings, catalog, store).stored == states["pending"]
+    assert catalog.status().by_state == {"stored": total}
+    for record in records(catalog):
+        assert store.stat(record["object_key"]) is not None
+
+
+def test_32_sigkill_and_run_again(real: Settings, catalog: Catalog, photos: Path, tmp_path: Path) -> None:
+    """A killed ingest leaves claims; the next run on this machine takes them at once and reaches the same end."""
+    total = fill(catalog, photos, tmp_path)
+    script = (
+        "import os, sys, signal, pickle\n"
+        "from lawnwatch import ingest\nfrom lawnwatch.catalog import Catalog\nfrom lawnwatch.store import open_store\n"
+        "settings = pickle.load(sys.stdin.buffer)\nstore = open_store(settings)\nput, count = store.put, 0\n"
+        "def dying(*args, **kwargs):\n    global count\n    count += 1\n"
+        "    done = put(*args, **kwargs)\n    if count >= 10: os.kill(os.getpid(), signal.SIGKILL)\n    return done\n"
+        "store.put = dying\ningest.run(settings, Catalog(settings), store)\n"
+    )
+    import pickle
+
+    killed = subprocess.run([sys.executable, "-c", script], input=pickle.dumps(real), timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert catalog.status().by_state.get("claimed", 0) > 0
+    started = time.monotonic()
+    store = open_store(real)
+    ingest.run(real, catalog, store)
+    assert time.monotonic() - started < 60, "the leases of a dead worker of this machine are not waited for"
+    assert catalog.status().by_state == {"stored": total}
+
+
+class KillAfter:
+    """A store whose surroundings break at the n-th put."""
+
+    def __init__(self, store: ObjectStore, puts: int, kill: Callable[[], None]) -> None:
+        self.store, self.left, self.kill = store, puts, kill
+        self.lock, self.broken = threading.Lock(), threading.Event()
+
+    def put(self, *args: Any, **kwargs: Any) -> Any:
+        with self.lock:
+            self.left -= 1
+            if self.left == 0:
+                self.kill()
+                self.broken.set()
+        return self.store.put(*args, **kwargs)
+
+
+def records(catalog: Catalog) -> list[dict[str, Any]]:
+    with catalog.session() as session:
+        found = session.scalars(sa.select(ImageRecord).order_by(ImageRecord.id))
+        return [{"sha256": record.sha256, "object_key": record.object_key} for record in found]
+
+
+# --- MinIO alone ----------------------------------------------------------------------------------------------------
+
+
+def test_the_bucket_is_made_in_development_and_demanded_in_production(tmp_path: Path, minio: Any) -> None:
+    named = minio.settings()
+    with pytest.raises(SettingsError, match="bucket"):
+        open_store(Settings(home=tmp_path, environment="production", **named))
+    open_store(Settings(home=tmp_path, **named))
+    open_store(Settings(home=tmp_path, environment="production", **named))
+
+
+def test_wrong_keys_are_a_settings_error(tmp_path: Path, minio: Any) -> None:
+    wrong = minio.settings() | {"store_secret_key": "not-the-right-one-at-all"}
+    with pytest.raises(SettingsError, match="keys") as caught:
+        open_store(Settings(home=tmp_path, **wrong))
+    assert "not-the-right-one-at-all" not in str(caught.value)
+
+
+def test_s3_objects_with_a_prefix_metadata_and_order(tmp_path: Path, minio: Any) -> None:
+    settings = minio.settings()
+    settings["store_url"] += "/deep/down"
+    store = open_store(Settings(home=tmp_path, **settings))
+    assert isinstance(store, S3Store)
+    big = tmp_path / "big"
+    big.write_bytes(b"0123456789abcdef" * (2 << 20))  # 32 MiB: sent in parts
+    written = store.put("a/big", big)
+    assert store.stat("a/big") == written and written.sha256
+    for key in ("a/2", "a/1", "b/1"):
+        store.put(key, key.encode())
+    assert [info.key for info in store.list("a/")] == ["a/1", "a/2", "a/big"]
+    with store.open("a/big") as stream:
+        assert stream.read(5) == b"01234"
+    store.put("a/1", b"other", if_absent=True)
+    assert store.get("a/1") == b"a/1"
+    store.delete("a/1")
+    store.delete("a/1")
+    with pytest.raises(NotFound):
+        store.get("a/1")
+
+
+def test_29_a_store_that_is_down_is_unavailable_in_bounded_time(tmp_path: Path, start_minio: Callable[[], Any]) -> None:
+    minio = start_minio()
+    store = open_store(Settings(home=tmp_path, **minio.settings()))
+    minio.server.stop(signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(Unavailable):
+        store.get("a")
+    with pytest.raises(Unavailable):
+        store.put("a", b"a")
+    assert time.monotonic() - started < 20
