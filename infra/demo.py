@@ -67,7 +67,7 @@ def make_plan(photos: str, weights: str) -> Plan:
     known = _remembered(home)
     if photos:
         folder = Path(photos).expanduser().resolve()
-        if not any((folder / label).glob("*.jpg") for label in reference_catalog.LABELS):
+        if not any(any((folder / label).glob("*.jpg")) for label in reference_catalog.LABELS):
             raise Failed(
                 f"PHOTOS={photos} holds no {' or '.join(f'{label}/*.jpg' for label in reference_catalog.LABELS)}: "
                 "it must look like the reference data, <label>/<8 digits>.jpg."
@@ -90,7 +90,7 @@ def make_plan(photos: str, weights: str) -> Plan:
             f"model that learnt from them knows nothing of lawns. They live in {home}, apart from real history.",
             "With photographs in a folder:  make demo PHOTOS=DIR   (DIR/<label>/<8 digits>.jpg)",
         )
-        samples.draw(folder)
+        samples.draw(folder, samples.PER_CLASS)
         plan = Plan(home, "samples", str(folder), "")
     return replace(plan, weights=_weights(weights, _remembered(plan.home)))
 

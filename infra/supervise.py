@@ -92,12 +92,12 @@ def left_behind(home: Path) -> list[psutil.Process]:
     return found
 
 
-def sweep(home: Path, *, grace: float = GRACE_SECONDS) -> int:
+def sweep(home: Path, *, grace: float | None = None) -> int:
     """End what a demo in this home started and what still runs. Returns how many processes there were."""
     processes = left_behind(home)
     for process in processes:
         _signal(process.pid, signal.SIGTERM)
-    psutil.wait_procs(processes, timeout=grace)
+    psutil.wait_procs(processes, timeout=GRACE_SECONDS if grace is None else grace)
     for process in left_behind(home):
         _signal(process.pid, signal.SIGKILL)
     return len(processes)
