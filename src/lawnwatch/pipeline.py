@@ -159,9 +159,7 @@ def _pod(first_word: str) -> dict[str, Any]:
     cpu, memory = RESOURCES.get(first_word, SMALL)
     container = models.V1Container(
         name="base",
-        resources=models.V1ResourceRequirements(
-            requests={"cpu": cpu, "memory": memory}, limits={"memory": memory}
-        ),
+        resources=models.V1ResourceRequirements(requests={"cpu": cpu, "memory": memory}, limits={"memory": memory}),
     )
     pod = models.V1Pod(spec=models.V1PodSpec(containers=[container]))
     return {"executor_config": {"pod_override": pod}}
