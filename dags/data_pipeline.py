@@ -26,9 +26,7 @@ from lawnwatch.pipeline import DEFAULTS, SNAPSHOT, step
             type=["null", "string"],
             description="Only these labels, separated by commas; empty: all.",
         ),
-        "limit": Param(
-            None, type=["null", "integer"], minimum=1, description="Fetch at most so many images."
-        ),
+        "limit": Param(None, type=["null", "integer"], minimum=1, description="Fetch at most so many images."),
     },
 )
 def data_pipeline():

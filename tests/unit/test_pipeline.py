@@ -52,9 +52,7 @@ def test_the_json_is_the_result_and_the_progress_is_the_log(run, capsys):
 
 
 def test_empty_words_are_left_out_and_the_run_id_is_passed_on(run):
-    _, _, execute = run(
-        """printf '{"argv": "%s", "run": "%s"}' "$*" "$LAWNWATCH_RUN_ID" """, "train", "", "--x="
-    )
+    _, _, execute = run("""printf '{"argv": "%s", "run": "%s"}' "$*" "$LAWNWATCH_RUN_ID" """, "train", "", "--x=")
     assert execute() == {"argv": "-m lawnwatch train --x=", "run": "manual__1"}
 
 
