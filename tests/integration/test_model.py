@@ -1,0 +1,357 @@
+"""The road from a snapshot to a published bundle, on real pictures, with real MLflow in the embedded mode.
+
+One training run serves the whole file. Challengers are made from its model by editing the head's numbers inside the
+LiteRT graph, which gives truly worse, constant and broken models in no time.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from lawnwatch import bundle, dataset, evaluate, images, ingest, registry, release, train
+from lawnwatch.catalog import Catalog
+from lawnwatch.config import Settings
+from lawnwatch.errors import Conflict, DataError, IntegrityError, NotFound, SettingsError, Unavailable
+from lawnwatch.sketch import Sketch
+from lawnwatch.store import ObjectStore, open_store
+
+pytestmark = pytest.mark.integration
+
+
+def quiet(line: str) -> None:
+    assert line and "Traceback" not in line
+
+
+@dataclass
+class Road:
+    """A home folder with pictures, a snapshot and a trained run."""
+
+    settings: Settings
+    catalog: Catalog
+    store: ObjectStore
+    snapshot: dataset.Snapshot
+    result: train.TrainResult
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, photos: Path, photo_web: str, weights: str) -> Road:
+    settings = Settings(
+        home=tmp_path_factory.mktemp("road"),
+        weights=weights,
+        fetch={"allow_cidrs": ["127.0.0.0/8"]},  # type: ignore[arg-type]
+    )
+    catalog, store = Catalog(settings), open_store(settings)
+    catalog.migrate()
+    for path in sorted(photos.glob("*/*.jpg")):
+        catalog.add(f"{photo_web}/{path.parent.name}/{path.name}", path.parent.name)
+    ingest.run(settings, catalog, store, progress=quiet)
+    snapshot = dataset.create_snapshot(settings, catalog, store)
+    result = train.run(settings, catalog, store, progress=quiet)
+    return Road(settings, catalog, store, snapshot, result)
+
+
+@pytest.fixture
+def road(trained: Road, request: pytest.FixtureRequest) -> Road:
+    """The same run and pictures under another model name: no champion, no versions yet."""
+    name = f"lawnwatch-{request.node.name}"[:100].replace("[", "-").replace("]", "")
+    return replace(trained, settings=trained.settings.model_copy(update={"model_name": name}))
+
+
+@pytest.fixture
+def champion(road: Road) -> registry.Promotion:
+    evaluate.run(road.settings, road.catalog, road.store, road.result.run_id, progress=quiet)
+    return registry.promote(road.settings, road.catalog, road.result.run_id)
+
+
+def challenger(road: Road, edit: Callable[[np.ndarray], np.ndarray], *, reason: str = "", snapshot: str = "") -> str:
+    """A run whose graph is the trained one with an edited head kernel (n, 1280)."""
+    source = registry.artifacts(road.settings, road.result.run_id, "model")
+    folder = road.settings.home / "challenger" / "model"
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    shutil.copytree(source, folder)
+    with h5py.File(folder / "model.weights.h5") as weights:
+        found: list[np.ndarray] = []
+        weights.visititems(
+            lambda name, item: found.append(item[()]) if getattr(item, "shape", None) == (1280, 2) else None
+        )
+    kernel = np.ascontiguousarray(found[0].T)
+    graph = (folder / bundle.MODEL).read_bytes()
+    assert graph.count(kernel.tobytes()) >= 1, "the head's kernel is not in the graph as expected"
+    edited = edit(kernel.copy()).astype(np.float32)
+    (folder / bundle.MODEL).write_bytes(graph.replace(kernel.tobytes(), edited.tobytes()))
+    facts = json.loads((folder / "model.json").read_text())
+    facts |= {"reason": reason, "fingerprint": f"challenger {time.monotonic()}"}
+    (folder / "model.json").write_text(json.dumps(facts))
+    registry.seal(folder)
+    with registry.tracking(road.settings) as client:
+        run = client.create_run(registry.experiment_id(road.settings, client), run_name="challenger")
+        client.log_artifacts(run.info.run_id, str(folder), "model")
+    return str(run.info.run_id)
+
+
+def test_the_run_page_answers_what_it_was_trained_on_and_how_good_it_is(trained: Road) -> None:
+    with registry.tracking(trained.settings) as client:
+        run = client.get_run(trained.result.run_id)
+        children = client.search_runs([run.info.experiment_id], f"tags.mlflow.parentRunId = '{trained.result.run_id}'")
+        files = {entry.path for entry in client.list_artifacts(trained.result.run_id, "model")}
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["lawnwatch.snapshot"] == trained.snapshot.id
+    assert run.data.tags["mlflow.source.git.commit"]
+    assert run.inputs.dataset_inputs[0].dataset.digest == trained.snapshot.id[:36]
+    assert "validation accuracy" in run.data.tags["mlflow.note.content"]
+    assert {child.info.run_name for child in children} == {"linear_probe", "fine_tuned", "color_baseline"}
+    assert {"model/model.tflite", "model/model.weights.h5", "model/model.json"} <= files
+    assert run.info.artifact_uri.startswith((trained.settings.home / "mlartifacts").as_uri())
+    assert trained.result.best in ("linear_probe", "fine_tuned")
+    assert not (trained.settings.home / "cache" / "train" / run.data.tags["lawnwatch.fingerprint"]).exists()
+
+
+def test_the_test_split_is_measured_on_the_served_graph(road: Road, weights: str, photos: Path) -> None:
+    verdict = evaluate.run(road.settings, road.catalog, road.store, road.result.run_id, progress=quiet)
+    found = verdict.evaluation
+    assert verdict.decision == "promote", verdict.reason
+    assert found["images"] == len(road.snapshot.split("test"))
+    assert np.array(found["confusion"]["matrix"]).sum() == found["images"]
+    if weights != "none" and not road.snapshot.samples and len(road.snapshot.rows) >= 390:
+        assert found["metrics"]["accuracy"]["value"] >= 0.93
+    again = evaluate.run(road.settings, road.catalog, road.store, road.result.run_id, progress=quiet)
+    assert (again.created_at, again.decision) == (verdict.created_at, "promote")
+
+
+def test_a_promoted_model_is_published_and_every_step_repeats_without_change(
+    road: Road, champion: registry.Promotion
+) -> None:
+    settings, catalog, store = road.settings, road.catalog, road.store
+    assert (champion.version, champion.changed) == (1, True)
+    first = release.publish(settings, catalog, store, progress=quiet)
+    found = bundle.read(store, first.sha256)
+    assert first.created
+    assert found.manifest.lineage.snapshot == road.snapshot.id
+    assert found.manifest.lineage.run_id == road.result.run_id
+    assert found.manifest.evaluation["verdict"]["decision"] == "promote"  # type: ignore[index,call-overload]
+    assert Sketch.from_bytes(found.bytes_of(bundle.SKETCH)).count == len(road.snapshot.split("train"))
+    assert "## Limits" in found.bytes_of(bundle.MODEL_CARD).decode()
+
+    again = release.publish(settings, catalog, store, progress=quiet)
+    assert (again.sha256, again.created) == (first.sha256, False)
+    assert release.find(settings, catalog, store, "champion").sha256 == first.sha256
+    assert not registry.promote(settings, catalog, road.result.run_id).changed
+    checked = train.check(settings, catalog, store)
+    assert checked.unchanged and "champion is v1" in checked.message
+    repeated = train.run(settings, catalog, store, progress=quiet)
+    assert (repeated.run_id, repeated.unchanged) == (road.result.run_id, True)
+    assert len(registry.list_versions(settings, catalog)) == 1
+    assert not train.check(settings, catalog, store, force=True, reason="labels reviewed").unchanged
+
+
+def serving(found: bundle.Bundle, change: Callable[[np.ndarray], np.ndarray] = lambda p: p) -> Callable[[bytes], Any]:
+    """How a server answers; `change` alters the decoded picture."""
+    graph = bundle.Graph(found.bytes_of(bundle.MODEL), classes=len(found.manifest.classes))
+
+    def predict(data: bytes) -> dict[str, float]:
+        picture = np.ascontiguousarray(change(images.decode(data, size=224, max_pixels=10**8)))
+        p = bundle.probabilities(graph(picture).logits, found.manifest.temperature)
+        return dict(zip(found.manifest.classes, map(float, p), strict=True))
+
+    return predict
+
+
+def test_golden_answers_catch_another_resize_channel_order_and_class_order(
+    road: Road, champion: registry.Promotion
+) -> None:
+    import cv2
+
+    sha256 = release.publish(road.settings, road.catalog, road.store, progress=quiet).sha256
+    found = bundle.read(road.store, sha256)
+    good = bundle.check_golden(found, serving(found))
+    assert good.ok and good.max_error < 1e-4
+
+    def bgr(picture: np.ndarray) -> np.ndarray:
+        return picture[..., ::-1]
+
+    def nearest(picture: np.ndarray) -> np.ndarray:
+        small = cv2.resize(picture, (112, 112), interpolation=cv2.INTER_NEAREST)
+        return cv2.resize(small, (224, 224), interpolation=cv2.INTER_NEAREST)
+
+    for wrong in (bgr, nearest):
+        assert not bundle.check_golden(found, serving(found, wrong)).ok, wrong.__name__
+
+    def swapped(data: bytes) -> dict[str, float]:
+        answer = serving(found)(data)
+        return dict(zip(answer, reversed(answer.values()), strict=True))
+
+    assert not bundle.check_golden(found, swapped).ok
+
+
+def test_39_a_worse_challenger_is_rejected_and_never_a_version(road: Road, champion: registry.Promotion) -> None:
+    run_id = challenger(road, lambda kernel: kernel[::-1], reason="trying")
+    verdict = evaluate.run(road.settings, road.catalog, road.store, run_id, progress=quiet)
+    assert verdict.decision == "reject"
+    with pytest.raises(DataError, match="reject"):
+        registry.promote(road.settings, road.catalog, run_id)
+    assert [one.version for one in registry.list_versions(road.settings, road.catalog)] == [1]
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda kernel: kernel * np.nan, "not finite"),
+        (lambda kernel: kernel * np.inf, "not finite"),
+        (lambda kernel: kernel * 0, "whatever the picture shows"),
+    ],
+)
+def test_38_a_broken_model_ends_in_a_verdict_not_in_a_version(
+    road: Road, edit: Callable[[np.ndarray], np.ndarray], words: str
+) -> None:
+    run_id = challenger(road, edit)
+    verdict = evaluate.run(road.settings, road.catalog, road.store, run_id, progress=quiet)
+    assert verdict.decision == "reject" and words in verdict.reason
+    with pytest.raises(DataError):
+        registry.promote(road.settings, road.catalog, run_id)
+    assert registry.list_versions(road.settings, road.catalog) == []
+
+
+def test_41_an_equal_challenger_needs_a_reason_and_can_be_rolled_back(road: Road, champion: registry.Promotion) -> None:
+    settings, catalog, store = road.settings, road.catalog, road.store
+    without = challenger(road, lambda kernel: kernel * 1.01)
+    verdict = evaluate.run(settings, catalog, store, without, progress=quiet)
+    assert verdict.decision == "inconclusive"
+
+    enough = len(road.snapshot.split("test")) >= 59  # fewer cannot show non-inferiority within 5 %
+    run_id = challenger(road, lambda kernel: kernel * 1.01, reason="labels reviewed")
+    verdict = evaluate.run(settings, catalog, store, run_id, progress=quiet)
+    if not enough:
+        assert verdict.decision == "inconclusive" and "more labelled" in verdict.reason
+        return
+    assert verdict.decision == "promote" and "labels reviewed" in verdict.reason
+    promoted = registry.promote(settings, catalog, run_id)
+    assert (promoted.version, promoted.previous_version) == (2, 1)
+    aliases = {one.version: one.aliases for one in registry.list_versions(settings, catalog)}
+    assert aliases == {1: ["previous"], 2: ["champion"]}
+
+    begun = time.monotonic()
+    back = registry.rollback(settings, catalog)
+    assert time.monotonic() - begun < 10
+    assert (back.version, back.previous_version, back.run_id) == (1, 2, road.result.run_id)
+    with registry.tracking(settings) as client:
+        held = client.get_registered_model(settings.model_name).aliases
+    assert {name: int(version) for name, version in held.items()} == {"champion": 1, "previous": 2}
+    assert registry.rollback(settings, catalog).version == 2
+
+
+def test_34_of_two_promotions_at_once_one_wins_and_the_other_must_judge_again(road: Road) -> None:
+    settings, catalog, store = road.settings, road.catalog, road.store
+    runs = [road.result.run_id, challenger(road, lambda kernel: kernel * 1.01, reason="race")]
+    for run_id in runs:
+        assert evaluate.run(settings, catalog, store, run_id, progress=quiet).decision == "promote"
+    outcomes: dict[str, object] = {}
+    gate = threading.Barrier(2)
+
+    def promote(run_id: str) -> None:
+        gate.wait()
+        try:
+            outcomes[run_id] = registry.promote(settings, Catalog(settings), run_id)
+        except Conflict as error:
+            outcomes[run_id] = error
+
+    threads = [threading.Thread(target=promote, args=(run_id,)) for run_id in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    lost = [run_id for run_id, outcome in outcomes.items() if isinstance(outcome, Conflict)]
+    won = [run_id for run_id, outcome in outcomes.items() if isinstance(outcome, registry.Promotion)]
+    assert (len(won), len(lost)) == (1, 1), outcomes
+    now = registry.champion(settings, catalog)
+    assert now is not None and now.run_id == won[0]
+    assert [one.version for one in registry.list_versions(settings, catalog)] == [1]
+    verdict = evaluate.run(settings, catalog, store, lost[0], progress=quiet)
+    assert verdict.champion_version == 1
+
+
+def test_30_mlflow_down_is_said_in_bounded_time_and_training_continues_from_its_checkpoint(
+    road: Road, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow dies after the work was done; the next run computes nothing again."""
+    for variable in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.setenv(variable, "2")
+    down = road.settings.model_copy(update={"mlflow_tracking_uri": "http://127.0.0.1:9"})
+    begun = time.monotonic()
+    with pytest.raises(Unavailable, match="MLflow"):
+        train.run(down, road.catalog, road.store, force=True, reason="r", progress=quiet)
+    assert time.monotonic() - begun < 60
+
+    checked = train.check(road.settings, road.catalog, road.store)
+    lines: list[str] = []
+    home = road.settings.home / "mlartifacts"
+    home.rename(road.settings.home / "gone")
+    home.write_text("a file where MLflow wants a folder")
+    try:
+        with pytest.raises(Unavailable, match="MLflow"):
+            train.run(road.settings, road.catalog, road.store, force=True, reason="r", progress=lines.append)
+    finally:
+        home.unlink()
+        (road.settings.home / "gone").rename(home)
+    work = road.settings.home / "cache" / "train" / checked.fingerprint
+    assert (work / "model" / "files.json").exists()
+
+    lines.clear()
+    result = train.run(road.settings, road.catalog, road.store, force=True, reason="r", progress=lines.append)
+    assert sum("kept from the run that was cut off" in line for line in lines) == 4, lines
+    assert result.run_id != road.result.run_id
+    assert not work.exists()
+
+
+def test_artifacts_that_were_altered_are_refused(road: Road) -> None:
+    (file,) = (road.settings.home / "mlartifacts").glob(f"{road.result.run_id}/artifacts/model/model.tflite")
+    shutil.rmtree(road.settings.home / "cache" / "runs", ignore_errors=True)
+    data = file.read_bytes()
+    try:
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        with pytest.raises(IntegrityError, match=r"model\.tflite"):
+            registry.artifacts(road.settings, road.result.run_id, "model")
+    finally:
+        file.write_bytes(data)
+
+
+def test_what_is_missing_is_said(road: Road, tmp_path: Path) -> None:
+    settings, catalog, store = road.settings, road.catalog, road.store
+    lost = settings.model_copy(update={"weights": str(tmp_path / "none.h5")})
+    with pytest.raises(SettingsError, match=r"none\.h5"):
+        train.run(lost, catalog, store, force=True, progress=quiet)
+    with pytest.raises(NotFound, match="no verdict"):
+        registry.promote(settings, catalog, "nothing")
+    with pytest.raises(NotFound):
+        evaluate.run(settings, catalog, store, "0" * 32, progress=quiet)
+    with pytest.raises(NotFound, match="there is no model version"):
+        release.publish(settings, catalog, store, "7", progress=quiet)
+    with pytest.raises(NotFound, match="no previous"):
+        registry.rollback(settings, catalog)
+
+
+def test_the_same_road_on_a_real_mlflow_server(road: Road, mlflow_server: str) -> None:
+    """Artifacts travel over HTTP and come back verified; version, aliases and bundle are the same."""
+    settings = road.settings.model_copy(update={"mlflow_tracking_uri": mlflow_server})
+    source = registry.artifacts(road.settings, road.result.run_id, "model")
+    with registry.tracking(settings) as client:
+        run = client.create_run(registry.experiment_id(settings, client), run_name="served")
+        client.log_artifacts(run.info.run_id, str(source), "model")
+    run_id = run.info.run_id
+    assert evaluate.run(settings, road.catalog, road.store, run_id, progress=quiet).decision == "promote"
+    assert registry.promote(settings, road.catalog, run_id).version == 1
+    published = release.publish(settings, road.catalog, road.store, progress=quiet)
+    assert registry.show(settings, road.catalog, "champion").bundle_sha256 == published.sha256
+    with registry.tracking(settings) as client:
+        assert client.get_run(run_id).data.tags["lawnwatch.decision"] == "promote"
+        assert "challenger" not in client.get_registered_model(settings.model_name).aliases
