@@ -1,13 +1,13 @@
 """Start services, start them again when they die, and end every one of them, whatever happens to the supervisor.
 
-Each service leads a session of its own and carries MARKER in its environment, which all its descendants inherit:
-what a killed supervisor left behind is found by that mark, never by a name that another's process may bear.
+Every process that is started carries MARKER in its environment, and so do all its descendants, in whatever session:
+what must end is found by that mark, never by a name that another's process may bear. A watchdog, which dies last, ends
+it all when the supervisor is killed outright: Airflow's scheduler alone would first wait for its running task.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import signal
@@ -22,7 +22,7 @@ from typing import IO
 
 import psutil
 
-MARKER = "LAWNWATCH_DEMO_HOME"
+MARKER = "LAWNWATCH_DEMO"  # the home folder and the supervisor's process id
 GRACE_SECONDS = 20.0
 
 
@@ -80,27 +80,40 @@ class Lock:
         return None
 
 
-def left_behind(home: Path) -> list[psutil.Process]:
-    """Processes that a demo in this home started, at any depth."""
+def mark(home: Path, supervisor: int) -> str:
+    """The value of MARKER for what a supervisor starts."""
+    return f"{home}:{supervisor}"
+
+
+def left_behind(home: Path, *, by: int | None = None) -> list[psutil.Process]:
+    """Processes that a demo in this home started, at any depth; only those of one supervisor when it is named."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(MARKER) == str(home) and process.status() != psutil.STATUS_ZOMBIE:
+            where, _, supervisor = process.environ().get(MARKER, "").rpartition(":")
+            if where == str(home) and by in (None, int(supervisor)) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except (psutil.Error, OSError):
             continue
     return found
 
 
-def sweep(home: Path, *, grace: float | None = None) -> int:
+def sweep(home: Path, *, by: int | None = None, grace: float | None = None) -> int:
     """End what a demo in this home started and what still runs. Returns how many processes there were."""
-    processes = left_behind(home)
+    processes = left_behind(home, by=by)
     for process in processes:
         _signal(process.pid, signal.SIGTERM)
     psutil.wait_procs(processes, timeout=GRACE_SECONDS if grace is None else grace)
-    for process in left_behind(home):
+    for process in left_behind(home, by=by):
         _signal(process.pid, signal.SIGKILL)
     return len(processes)
+
+
+def watch(home: Path, supervisor: int) -> None:
+    """The watchdog: wait until the supervisor is gone, however it went, and end what it started."""
+    while sys.stdin.buffer.read(1):
+        pass
+    sweep(home, by=supervisor)
 
 
 def _signal(pid: int, sig: int) -> None:
@@ -173,15 +186,19 @@ class Supervisor:
     def __init__(self, home: Path, env: dict[str, str]) -> None:
         self.home = home
         # Airflow renames its processes, which by default overwrites the environment that the mark is read from.
-        self.env = env | {MARKER: str(home), "SPT_NOENV": "1"}
+        self.env = env | {MARKER: mark(home, os.getpid()), "SPT_NOENV": "1"}
         self.services: dict[str, Service] = {}
         self.stopping = False
         for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(sig, self._stop)
+        # Its stdin is a pipe that nobody writes to: it ends when this process does, by whatever death.
+        self._watchdog = subprocess.Popen(
+            [sys.executable, __file__, str(home), str(os.getpid())], stdin=subprocess.PIPE, start_new_session=True
+        )
 
     def _stop(self, signum: int, frame: object) -> None:
         if self.stopping:  # asked twice: at once
-            sweep(self.home, grace=0)
+            sweep(self.home, by=os.getpid(), grace=0)
             os._exit(130)
         self.stopping = True
 
@@ -201,7 +218,6 @@ class Supervisor:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_end_with_supervisor,
             )
 
     def run(self, *argv: str, timeout: float = 300.0, log: str = "setup") -> str:
@@ -220,7 +236,6 @@ class Supervisor:
                 stdout=subprocess.PIPE,
                 stderr=stream,
                 start_new_session=True,
-                preexec_fn=_end_with_supervisor,
             )
         end = time.monotonic() + timeout
         while True:
@@ -280,7 +295,8 @@ class Supervisor:
     def end(self) -> None:
         """End every service and all that they started."""
         self.services.clear()
-        sweep(self.home)
+        sweep(self.home, by=os.getpid())
+        self._watchdog.communicate()
 
 
 def _tail(log: Path) -> str:
@@ -291,7 +307,5 @@ def _ending(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
-def _end_with_supervisor() -> None:
-    """A supervisor that is killed outright takes its services along (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+if __name__ == "__main__":
+    watch(Path(sys.argv[1]), int(sys.argv[2]))

@@ -127,8 +127,8 @@ def supervisor(tmp_path, monkeypatch):
     supervise.sweep(tmp_path, grace=0)
 
 
-def started(home: Path) -> set[str]:
-    return {f"{p.pid} {' '.join(p.cmdline())}" for p in supervise.left_behind(home)}
+def started(home: Path) -> set[int]:
+    return {process.pid for process in supervise.left_behind(home)}
 
 
 def wait_for(condition, seconds: float = 10.0) -> None:
@@ -144,18 +144,23 @@ def test_a_signal_ends_everything_it_started(supervisor, tmp_path, monkeypatch):
     assert started(tmp_path) == set()
 
 
-def test_a_killed_supervisor_leaves_a_lock_that_can_be_taken_and_nothing_that_stop_does_not_find(
-    supervisor, tmp_path, monkeypatch, capsys
-):
+def test_a_killed_supervisor_takes_everything_along(supervisor, tmp_path):
     assert supervise.Lock(tmp_path).holder() == supervisor.pid
     assert supervise.Lock(tmp_path).take() is False
     supervisor.kill()
     supervisor.wait()
     assert supervise.Lock(tmp_path).holder() is None
-    # What obeys SIGTERM went with it; the rest is found by its mark.
-    wait_for(lambda: not any(line.endswith("exec sleep 300") for line in started(tmp_path)))
+    wait_for(lambda: started(tmp_path) == set(), 30)
+
+
+def test_stop_finds_what_even_the_watchdog_left(supervisor, tmp_path, monkeypatch, capsys):
+    (watchdog,) = (p for p in psutil.Process(supervisor.pid).children() if "supervise.py" in " ".join(p.cmdline()))
+    watchdog.kill()
+    supervisor.kill()
+    supervisor.wait()
     monkeypatch.setattr(supervise, "GRACE_SECONDS", 1.0)
     monkeypatch.setenv("LAWNWATCH_HOME", str(tmp_path))
+    assert len(started(tmp_path)) >= 4
     assert demo.stop() == 0
     assert "left behind" in capsys.readouterr().out
     assert started(tmp_path) == set()
