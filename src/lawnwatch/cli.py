@@ -416,7 +416,8 @@ def main() -> None:
     except typer.TyperException as error:
         # Without arguments the help was printed already, and the exception says nothing.
         hint = "`--help` shows the commands and their arguments."
-        code = fail(InputError(str(error), hint=hint)) if str(error) else InputError.exit_code
+        said = error.format_message() if isinstance(error, typer.BadParameter) else str(error)
+        code = fail(InputError(said, hint=hint)) if said else InputError.exit_code
     except LawnwatchError as error:
         code = fail(error)
     except (KeyboardInterrupt, typer.Abort):
