@@ -56,13 +56,19 @@ def header(title: str, lead: str) -> None:
     st.html(f'<p class="lw-lead">{escape(lead)}</p>')
 
 
-def say(error: ApiError) -> None:
-    """Tell a person what happened and what to do; never a traceback."""
+def say(error: ApiError, *, asked_again: bool = True) -> None:
+    """Tell a person what happened and what to do; never a traceback.
+
+    Args:
+        asked_again: the page asks anew each time it runs, so it may watch for the API's return by itself.
+    """
     text = f"**{plain(error.message)}**" + (f"\n\n{plain(error.hint)}" if error.hint else "")
     if isinstance(error, Refused) and error.code == "no_model":
         st.info(text, icon=":material/hourglass_empty:")
     elif isinstance(error, Unreachable):
         st.error(text, icon=":material/cloud_off:")
+        if asked_again:
+            follow(ready=False)
     elif isinstance(error, TooSlow) or (isinstance(error, Refused) and error.status in (429, 503)):
         st.warning(text, icon=":material/hourglass_top:")
     elif isinstance(error, Refused) and error.status is not None and error.status < 500:
@@ -83,13 +89,35 @@ def samples_banner(info: ModelInfo) -> None:
 
 def no_model_notice(info: ModelInfo) -> None:
     """Nothing verified to serve yet: said once, with the API's reason, and what makes a model."""
-    if info.state != "ready":
-        reason = plain(info.reason or "No model has been released yet.")
-        st.info(
-            f"**There is no model to ask yet.** {reason}\n\n"
-            "Trigger `training_pipeline` in Airflow, or run `make demo`; this page follows by itself.",
-            icon=":material/hourglass_empty:",
-        )
+    if info.state == "ready":
+        return
+    reason = plain(info.reason or "no model has been released yet")
+    reason = reason[:1].upper() + reason[1:].rstrip(".") + "."
+    if info.target:
+        headline, advice = f"Version {info.target.version} is being made ready.", ""
+    else:
+        headline = "There is no model to ask yet."
+        advice = "Trigger `training_pipeline` in Airflow, or run `make demo`. "
+    st.info(f"**{headline}** {reason}\n\n{advice}This page follows by itself.", icon=":material/hourglass_empty:")
+    follow(ready=True)
+
+
+def follow(*, ready: bool) -> None:
+    """Show the page anew once the API answers (`ready`: once it has a model), so that nobody has to press reload."""
+    st.session_state["follow_later"] = True  # the run that shows the notice has asked just now
+    _follow(ready)
+
+
+@st.fragment(run_every=3)  # type: ignore[untyped-decorator]
+def _follow(ready: bool) -> None:
+    if st.session_state.pop("follow_later", False):
+        return
+    try:
+        info = connect().model_info()
+    except ApiError:
+        return
+    if info.state == "ready" or not ready:
+        st.rerun()
 
 
 def plain(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from typing import Any
 
@@ -21,6 +22,7 @@ METRICS = {
     ),
     "macro_f1": ("Macro F1", True, "Mean over the classes of the harmonic mean of precision and recall."),
     "log_loss": ("Log loss", False, "How wrong the probabilities are; 0 is perfect."),
+    "brier": ("Brier score", False, "Squared error of the probabilities; 0 is perfect."),
     "ece": (
         "Calibration error",
         False,
@@ -58,7 +60,11 @@ def serving(info: ModelInfo) -> None:
     if info.golden:
         columns[3].metric("Golden check", "passed" if info.golden.ok else "failed", border=True)
         if info.golden.max_error is not None:
-            columns[3].caption(f"largest difference {info.golden.max_error:.1e}")
+            columns[3].caption(
+                f"largest difference {info.golden.max_error:.1e}"
+                if info.golden.max_error
+                else "the recorded answers to the last digit"
+            )
     else:
         columns[3].metric("Golden check", "not run", border=True)
 
@@ -88,7 +94,9 @@ def measured(evaluation: Evaluation) -> None:
     )
     left, right = st.columns([5, 6], gap="large")
     rows, meanings = [], []
-    for name, value in evaluation.metrics.items():
+    known = [name for name in METRICS if name in evaluation.metrics]
+    for name in [*known, *(name for name in evaluation.metrics if name not in METRICS)]:
+        value = evaluation.metrics[name]
         title, as_percent, meaning = METRICS.get(name, (name.replace("_", " ").capitalize(), False, ""))
         rows.append({"Metric": title, "Value (95 % interval)": parts.interval(value, as_percent=as_percent)})
         meanings += [f"**{title}.** {meaning}"] if meaning else []
@@ -174,9 +182,9 @@ def written(value: Any) -> str:
         return ", ".join(f"{name} {written(part)}" for name, part in value.items())
     if isinstance(value, float):
         return f"{value:.4g}"
-    text = str(value)
-    if len(text) >= 32 and all(letter in "0123456789abcdef" for letter in text):
-        return f"`{text[:12]}`"
+    text = re.sub(r"(?<![0-9a-f])([0-9a-f]{12})[0-9a-f]{20,}", r"\1", str(value))
+    if text != str(value) and len(text) == 12:
+        return f"`{text}`"
     try:
         return parts.moment(datetime.fromisoformat(text)) if "T" in text and len(text) >= 19 else text
     except ValueError:

@@ -103,7 +103,7 @@ else:
         if isinstance(answer, Prediction):
             show(answer)
         else:
-            parts.say(answer)
+            parts.say(answer, asked_again=False)
             if st.button("Try again", icon=":material/refresh:"):
                 st.session_state.pop("asked", None)
                 st.rerun()
