@@ -117,7 +117,7 @@ def measured(evaluation: Evaluation) -> None:
 
 def by_class(evaluation: Evaluation) -> None:
     """Confusion matrix, precision and recall."""
-    left, right = st.columns([5, 6], gap="large")
+    left, right = st.columns([4, 7], gap="large")
     with left:
         st.subheader("Confusion matrix")
         chart = charts.confusion(evaluation.confusion)
@@ -133,7 +133,7 @@ def by_class(evaluation: Evaluation) -> None:
                 "Class": label,
                 "Precision": parts.interval(figures.precision, as_percent=True),
                 "Recall": parts.interval(figures.recall, as_percent=True),
-                "Test images": figures.support,
+                "Images": figures.support,
             }
             for label, figures in evaluation.per_class.items()
         ]
