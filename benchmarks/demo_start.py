@@ -1,7 +1,6 @@
 """How long `make demo` takes in a fresh clone: first start to first answer, and second start to answering.
 
-The package cache is as warm as it is; LAWNWATCH_TEST_PHOTOS and LAWNWATCH_WEIGHTS play the web as `make demo PHOTOS=… WEIGHTS=…`
-does. Prints both times beside what is allowed. Ports 8000, 8080, 8501 and 5000 must be free.
+The package cache is as warm as it is; LAWNWATCH_TEST_PHOTOS and LAWNWATCH_WEIGHTS become PHOTOS= and WEIGHTS=. Prints both times beside what is allowed. Ports 8000, 8080, 8501 and 5000 must be free.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def start(clone: Path) -> float:
             if demo.poll() is not None:
                 sys.exit(f"make demo ended early:\n{(clone / 'demo.log').read_text()[-3000:]}")
             try:
-                with urllib.request.urlopen("http://127.0.0.1:8000/ready", timeout=2):  # noqa: S310
+                with urllib.request.urlopen("http://127.0.0.1:8000/ready", timeout=2):
                     return time.monotonic() - began
             except (urllib.error.URLError, OSError):
                 time.sleep(0.5)

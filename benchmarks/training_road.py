@@ -1,7 +1,7 @@
 """How long the road from snapshot to verdict takes, step by step, by the command line.
 
-Photographs from LAWNWATCH_TEST_PHOTOS (`<label>/*.jpg`), weights from LAWNWATCH_WEIGHTS; without them drawn samples and no
-weights, and the table says so. Prints seconds per step, their sum, and the test accuracy with its interval.
+Photographs from LAWNWATCH_TEST_PHOTOS (`<label>/*.jpg`), weights from LAWNWATCH_WEIGHTS; without them drawn samples
+and no weights, and the table says so. Prints seconds per step, their sum, and the test accuracy with its interval.
 """
 
 from __future__ import annotations
