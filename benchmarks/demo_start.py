@@ -1,6 +1,7 @@
 """How long `make demo` takes in a fresh clone: first start to first answer, and second start to answering.
 
-The package cache is as warm as it is; LAWNWATCH_TEST_PHOTOS and LAWNWATCH_WEIGHTS become PHOTOS= and WEIGHTS=. Prints both times beside what is allowed. Ports 8000, 8080, 8501 and 5000 must be free.
+The package cache is as warm as it is; LAWNWATCH_TEST_PHOTOS and LAWNWATCH_WEIGHTS become PHOTOS= and WEIGHTS=.
+Prints both times beside what is allowed. Ports 8000, 8080, 8501 and 5000 must be free.
 """
 
 from __future__ import annotations
