@@ -8,6 +8,8 @@ animation the first frame counts; a truncated file is refused.
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from lawnwatch.errors import ImageError, ImageTooLarge, UnsupportedMedia
 
@@ -33,6 +35,19 @@ PREPROCESSING = {
     "orientation": "EXIF",
     "background": "white",
     "version": 1,
+}
+
+# What Pillow's readers raise on broken bytes, beside its own errors; found by flipping bytes of valid files.
+FAULTS = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error)
+ORIENTATION = 0x0112  # the EXIF tag
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
 
 Rgb = NDArray[np.uint8]
@@ -116,7 +131,7 @@ def _opened(data: bytes, *, max_pixels: int, max_bytes: int | None) -> Iterator[
         ) from None
     except Image.DecompressionBombError as error:
         raise ImageTooLarge(f"The picture is far too large: {error}", hint="Send a smaller picture.") from None
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError) as error:
+    except FAULTS as error:
         raise ImageError(f"The picture's header is damaged: {error}.", hint="Send the whole file.") from None
     with image:
         if image.width * image.height > max_pixels:
@@ -128,7 +143,7 @@ def _opened(data: bytes, *, max_pixels: int, max_bytes: int | None) -> Iterator[
             yield image
         except Image.DecompressionBombError as error:
             raise ImageTooLarge(f"The picture is far too large: {error}", hint="Send a smaller picture.") from None
-        except (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError, cv2.error) as error:
+        except (*FAULTS, cv2.error) as error:
             raise ImageError(
                 f"The picture cannot be decoded: {error}.",
                 hint="It is truncated or damaged; send the whole file.",
@@ -140,11 +155,15 @@ def _info(image: Image.Image, data: bytes) -> ImageInfo:
 
 
 def _oriented(image: Image.Image) -> Image.Image:
-    """As the photographer held it; an unreadable EXIF block is no reason to refuse a readable picture."""
+    """As the photographer held it; an unreadable EXIF block is no reason to refuse a readable picture.
+
+    Pillow's own exif_transpose also writes the other tags anew, and fails where one of them is broken.
+    """
     try:
-        return ImageOps.exif_transpose(image)
-    except (OSError, ValueError, SyntaxError, KeyError, TypeError, ZeroDivisionError, IndexError):
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    except (*FAULTS, ZeroDivisionError):
         return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Rgb:

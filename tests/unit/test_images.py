@@ -132,6 +132,16 @@ def test_05_broken_exif_counts_as_upright() -> None:
     assert np.array_equal(images.decode(data, max_pixels=CAP), images.decode(saved(scene()), max_pixels=CAP))
 
 
+def test_05_a_broken_tag_beside_the_orientation_is_no_fault() -> None:
+    """A tag whose value cannot be written anew: Pillow's exif_transpose fails on it with struct.error."""
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHIHH", 0x011A, 3, 0, 0, 0)
+    entries += struct.pack("<HHI4s", 0x8769, 2, 2, b"?\0\0\0") + struct.pack("<HHI4s", 0x0100, 2, 2, b"x\0\0\0")
+    tiff = b"II*\0" + struct.pack("<IH", 8, 4) + entries + struct.pack("<I", 0)
+    data = saved(scene(90, 60), "PNG", exif=tiff)
+    turned = images.decode(saved(scene(90, 60).transpose(Image.Transpose.ROTATE_270), "PNG"), max_pixels=CAP)
+    assert np.array_equal(images.decode(data, max_pixels=CAP), turned)
+
+
 def test_06_the_first_frame_counts() -> None:
     frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
     data = saved(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
