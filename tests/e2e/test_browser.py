@@ -28,7 +28,6 @@ from processes import Server, answers, free_port, served
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
-PER_LABEL = 30
 expect.set_options(timeout=30_000)  # a busy machine takes seconds to draw its first page
 CALM = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -45,6 +44,7 @@ class World:
     api_url: str
     page_url: str
     photos: Path
+    per_label: int
 
     def photo(self, label: str, place: int = -1) -> Path:
         return sorted((self.photos / label).glob("*.jpg"))[place]
@@ -65,8 +65,10 @@ class World:
 def world(tmp_path_factory: pytest.TempPathFactory, photos: Path, weights: str) -> Iterator[World]:
     """API and page; nothing is released yet."""
     folder = tmp_path_factory.mktemp("browser")
-    if weights == "none":  # a network that knows nothing needs pictures that colour alone tells apart
-        photos = samples.draw(folder / "photos", PER_LABEL)
+    per_label = 30
+    if weights == "none":  # a network that knows nothing needs more pictures, which colour alone tells apart
+        per_label = 100
+        photos = samples.draw(folder / "photos", per_label)
     ports = free_port(), free_port()
     api_url, page_url = (f"http://127.0.0.1:{port}" for port in ports)
     env = {name: value for name, value in os.environ.items() if not name.startswith(("LAWNWATCH_", "MLFLOW_"))} | {
@@ -75,7 +77,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, photos: Path, weights: str) 
         "LAWNWATCH_API_URL": api_url,
         "LAWNWATCH_SERVING__PORT": str(ports[0]),
         "LAWNWATCH_FETCH__ALLOW_CIDRS": '["127.0.0.0/8"]',
-        "LAWNWATCH_TRAIN__FINE_TUNE_EPOCHS": "0",
+        "LAWNWATCH_TRAIN__FINE_TUNE_EPOCHS": "1" if weights == "none" else "0",
         "LAWNWATCH_GATE__MIN_TEST_IMAGES": "10",
         "LAWNWATCH_GATE__MIN_ACCURACY": "0.05",
         "TF_CPP_MIN_LOG_LEVEL": "2",
@@ -89,7 +91,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, photos: Path, weights: str) 
         folder / "page.log",
         env,
     )
-    world = World(env, api.start(), api_url, page_url, photos)
+    world = World(env, api.start(), api_url, page_url, photos, per_label)
     page.start()
     yield world
     page.stop()
@@ -100,14 +102,15 @@ def world(tmp_path_factory: pytest.TempPathFactory, photos: Path, weights: str) 
 def released(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
     """The road walked: the API serves a real model. (The test without a model comes first in this file.)"""
     urls = tmp_path_factory.mktemp("catalog") / "urls.csv"
-    reference_catalog.write(urls, reference_catalog.records(per_label=PER_LABEL))
+    reference_catalog.write(urls, reference_catalog.records(per_label=world.per_label))
     with served(world.photos) as web:
         world.env["LAWNWATCH_FETCH__ORIGIN_MAP"] = json.dumps({reference_catalog.ORIGIN: web + "/"})
         world.lawnwatch("catalog", "import", str(urls))
         world.lawnwatch("ingest")
         world.lawnwatch("snapshot", "create")
     run = str(world.lawnwatch("train")["run_id"])
-    assert world.lawnwatch("evaluate", "--run", run)["decision"] == "promote"
+    verdict = world.lawnwatch("evaluate", "--run", run)
+    assert verdict["decision"] == "promote", verdict["reason"]
     world.lawnwatch("model", "promote", "--run", run)
     world.lawnwatch("release")
     world.lawnwatch("rollout", "start")
