@@ -118,8 +118,12 @@ class Network:
     top: Any
 
 
-def load_network(weights: Weights, *, size: int = SIZE) -> Network:
+def load_network(weights: Weights, *, size: int = SIZE, scale_on: NDArray[np.uint8] | None = None) -> Network:
     """Build MobileNetV2 and load its weights.
+
+    Args:
+        scale_on: (n, size, size, 3) uint8, a few dozen training pictures; only for random weights, whose features are
+            brought to an ordinary size on them.
 
     Raises:
         Unavailable: the ImageNet weights cannot be downloaded.
@@ -143,12 +147,29 @@ def load_network(weights: Weights, *, size: int = SIZE) -> Network:
         ) from error
     finally:
         socket.setdefaulttimeout(patience)
+    if scale_on is not None:
+        _scale_features(base, scale_on)
     base.trainable = False
     cut = base.get_layer(CUT_LAYER).output
     image = k.Input((size, size, 3), dtype="uint8", name="image")
     below = k.Model(base.input, cut)
     bottom = k.Model(image, below(k.layers.Rescaling(1 / 127.5, offset=-1)(image), training=False))
     return Network(bottom=bottom, top=k.Model(cut, base.output))
+
+
+def _scale_features(base: Any, pictures: NDArray[np.uint8]) -> None:
+    """Give a network of random weights features of ordinary size, by its last normalisation's statistics.
+
+    Dozens of untrained layers shrink every signal; what comes out is of the order of 1e-12, too small for float32 to
+    carry to an answer. A network with trained weights must not be touched so.
+    """
+    layer = base.get_layer("Conv_1_bn")
+    before = keras().Model(base.input, layer.input)(pictures / np.float32(127.5) - 1).numpy().astype(np.float64)
+    mean, variance = before.mean(axis=(0, 1, 2)), before.var(axis=(0, 1, 2))
+    # The layer divides by sqrt(variance + epsilon), and epsilon is huge beside such a variance.
+    gamma = np.sqrt((variance + layer.epsilon) / np.maximum(variance, 1e-60))
+    beta = layer.get_weights()[1]
+    layer.set_weights([gamma.astype(np.float32), beta, mean.astype(np.float32), variance.astype(np.float32)])
 
 
 def build(network: Network, n_classes: int) -> Any:

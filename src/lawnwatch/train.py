@@ -317,12 +317,15 @@ def _compute(
     if weights.source == "none":
         progress("WARNING: LAWNWATCH_WEIGHTS=none: the network starts from random weights; expect poor accuracy.")
     model.keras().utils.set_random_seed(settings.train.seed)
-    network = model.load_network(weights)
-    original = network.top.get_weights()
-
     clock = time.monotonic()
-    tune = settings.train.fine_tune_epochs > 0
-    extractor = Extractor(settings, store, network, weights)
+    # Random weights carry too little signal to the top blocks for training them to be worth its time.
+    tune = settings.train.fine_tune_epochs > 0 and weights.source != "none"
+    pictures, basis = None, weights.sha256
+    if weights.source == "none":
+        pictures, basis = _first_pictures(settings, store, snapshot), f"none, scaled on snapshot {snapshot.id}"
+    network = model.load_network(weights, scale_on=pictures)
+    original = network.top.get_weights()
+    extractor = Extractor(settings, store, network, basis)
     train = extractor.features(snapshot, "train", views=VIEWS, cuts=FINE_TUNE_IMAGES if tune else 0, progress=progress)
     val = extractor.features(snapshot, "validation", views=0, cuts=10**9 if tune else 0, progress=progress)
     progress(f"Features of {len(train.labels)} + {len(val.labels)} images in {time.monotonic() - clock:.0f} s.")
@@ -371,17 +374,23 @@ def _compute(
     return candidates, best
 
 
+def _first_pictures(settings: Settings, store: ObjectStore, snapshot: dataset.Snapshot) -> NDArray[np.uint8]:
+    """Up to 64 training pictures, by hash, as (n, 224, 224, 3) uint8."""
+    rows = sorted(snapshot.split("train"), key=lambda row: row.sha256)[:64]
+    cache, limit = settings.home / "cache" / "images", settings.images.max_pixels
+    decoded = dataset.images(rows, store, cache, classes=snapshot.classes, size=model.SIZE, max_pixels=limit)
+    return np.stack([picture for picture, _ in decoded])
+
+
 class Extractor:
     """Runs the frozen network over pictures and their views, once; results are cached by content."""
 
-    def __init__(self, settings: Settings, store: ObjectStore, network: model.Network, weights: model.Weights) -> None:
+    def __init__(self, settings: Settings, store: ObjectStore, network: model.Network, basis: str) -> None:
         tf = model.tensorflow()
         self._settings = settings
         self._store = store
         self._cache = settings.home / "cache" / "features"
-        self._kind = (
-            f"{RECIPE}|{weights.sha256}|{settings.train.seed}|{json.dumps(images.PREPROCESSING, sort_keys=True)}"
-        )
+        self._kind = f"{RECIPE}|{basis}|{settings.train.seed}|{json.dumps(images.PREPROCESSING, sort_keys=True)}"
 
         def forward(batch: Any) -> Any:
             cut = network.bottom(batch, training=False)

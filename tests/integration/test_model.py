@@ -355,3 +355,18 @@ def test_the_same_road_on_a_real_mlflow_server(road: Road, mlflow_server: str) -
     with registry.tracking(settings) as client:
         assert client.get_run(run_id).data.tags["lawnwatch.decision"] == "promote"
         assert "challenger" not in client.get_registered_model(settings.model_name).aliases
+
+
+def test_random_weights_give_features_of_ordinary_size(photos: Path) -> None:
+    """Without weights the road must still be walked: an unscaled random network answers 1e-12 to every picture."""
+    from lawnwatch import images, model
+
+    files = sorted(photos.glob("*/*.jpg"))[:: max(1, len(list(photos.glob("*/*.jpg"))) // 16)][:16]
+    pictures = np.stack([images.decode(file.read_bytes(), max_pixels=50_000_000) for file in files])
+    spread = {}
+    for name, scale_on in (("plain", None), ("scaled", pictures)):
+        model.keras().utils.set_random_seed(17)
+        network = model.load_network(model.find_weights("none"), scale_on=scale_on)
+        pooled = network.top(network.bottom(pictures)).numpy().mean(axis=(1, 2))
+        spread[name] = float(pooled.std(axis=0).mean())
+    assert spread["plain"] < 1e-6 < 1e-2 < spread["scaled"]
