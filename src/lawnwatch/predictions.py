@@ -224,9 +224,7 @@ class PredictionWriter:
                 self._catalog.migrate()
                 self._migrate = False
             except (LawnwatchError, SQLAlchemyError) as error:
-                logger.warning(
-                    "the database is not ready; tried again with the first record", error=str(error)
-                )
+                logger.warning("the database is not ready; tried again with the first record", error=str(error))
 
     def _next_batch(self) -> list[tuple[Prediction, bytes | None, str]]:
         try:
