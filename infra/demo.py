@@ -174,8 +174,8 @@ class Ports:
 def choose_ports() -> Ports:
     taken: set[int] = set()
     return Ports(
-        api=choose_port("API", 8000, os.environ.get("API_PORT"), taken),
-        web=choose_port("web page", 8501, os.environ.get("WEB_PORT"), taken),
+        api=choose_port("the API", 8000, os.environ.get("API_PORT"), taken),
+        web=choose_port("the web page", 8501, os.environ.get("WEB_PORT"), taken),
         airflow=choose_port("Airflow", 8080, os.environ.get("AIRFLOW_PORT"), taken),
         mlflow=choose_port("MLflow", 5000, os.environ.get("MLFLOW_PORT"), taken),
     )
@@ -276,6 +276,8 @@ class Demo:
             "--browser.gatherUsageStats", "false", "--server.fileWatcherType", "none",
         )  # fmt: skip
         boss.wait(self._api_answers, "The API", service="API")
+        if (self._ask("/model/info") or {}).get("target"):
+            boss.wait(self._served_or_refused, "The released model", service="API")
         if model := self._served():
             say(f"The API answers with v{model['version']} after {self._elapsed()}.")
         say("Starting Airflow …")
@@ -296,12 +298,11 @@ class Demo:
 
     def walk(self) -> bool:
         """Run the three DAGs where there is something to do. True when a model is served in the end."""
-        for dag in DAGS:  # what a killed demo left running would hold the DAG's one place
-            for run, state in self.airflow.runs(dag).items():
-                if state not in DONE:
-                    say(f"{dag}: giving up the run that was cut off ({run}).")
-                    self.airflow.give_up(dag, run)
-        if not self._pending() and self._served():
+        cut_off = [(dag, run) for dag in DAGS for run, state in self.airflow.runs(dag).items() if state not in DONE]
+        for dag, run in cut_off:  # what a killed demo left running would hold the DAG's one place
+            say(f"{dag}: giving up the run that was cut off ({run}).")
+            self.airflow.give_up(dag, run)
+        if not cut_off and not self._pending() and self._served():
             say("Nothing is pending and the champion is served: nothing to run.")
             return True
         known = {dag: set(self.airflow.runs(dag)) for dag in DAGS}
@@ -422,6 +423,10 @@ class Demo:
 
     def _api_answers(self) -> bool:
         return self._ask("/health") is not None
+
+    def _served_or_refused(self) -> bool:
+        info = self._ask("/model/info") or {}
+        return info.get("state") == "ready" or bool(info.get("rejected"))
 
     def _served(self) -> dict[str, Any] | None:
         info = self._ask("/model/info") or {}

@@ -136,9 +136,9 @@ def choose_port(name: str, wanted: int, fixed: str | None, taken: set[int]) -> i
         return port
     who = _listener(port)
     if fixed:
-        raise Failed(f"Port {port} for the {name} is taken{who}. Free it, or choose another.")
+        raise Failed(f"Port {port} for {name} is taken{who}. Free it, or choose another.")
     other = next(p for p in range(port + 1, port + 1000) if p not in taken and port_is_free(p))
-    say(f"Port {port} for the {name} is taken{who}: using {other} instead.")
+    say(f"Port {port} for {name} is taken{who}: using {other} instead.")
     taken.add(other)
     return other
 

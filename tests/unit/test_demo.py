@@ -79,12 +79,12 @@ def test_a_taken_port_is_named_and_another_is_used(capsys):
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        chosen = supervise.choose_port("API", port, None, set())
+        chosen = supervise.choose_port("the API", port, None, set())
         assert chosen > port
         assert f"Port {port} for the API is taken" in capsys.readouterr().out
         with pytest.raises(supervise.Failed, match=f"Port {port} for the API is taken"):
-            supervise.choose_port("API", 1, str(port), set())
-    assert supervise.choose_port("API", free_port(), None, {chosen}) != chosen
+            supervise.choose_port("the API", 1, str(port), set())
+    assert supervise.choose_port("the API", free_port(), None, {chosen}) != chosen
 
 
 # --- what it starts -------------------------------------------------------------------------------------------
