@@ -1,6 +1,6 @@
 """`python -m lawnwatch STEP …` is the same program as `lawnwatch STEP …`."""
 
-from lawnwatch.cli import main
+from lawnwatch.cli import program
 
 if __name__ == "__main__":
-    main()
+    program()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import signal
 import sys
@@ -429,5 +430,24 @@ def main() -> None:
     sys.exit(code)
 
 
+def program() -> NoReturn:
+    """What `lawnwatch` runs: `main`, and then leave at once.
+
+    The work is done and said by then. Unloading TensorFlow, Arrow and their threads in the order that an ending
+    interpreter happens to choose now and then aborts the process ("terminate called without an active exception"), and
+    a finished step would count as failed.
+    """
+    code = 1
+    try:
+        main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 if __name__ == "__main__":
-    main()
+    program()

@@ -86,7 +86,8 @@ class Step(BaseOperator):  # type: ignore[misc]  # Airflow is not checked
         self.log.info("lawnwatch %s", " ".join(argv))
         code, output = self._run(argv, run_id=context["run_id"])
         result = _parse(output)
-        message = " ".join(str(result[key]) for key in ("message", "hint") if result.get(key))
+        # A step that a signal ended may have said that all was well before.
+        message = " ".join(str(result[key]) for key in ("message", "hint") if result.get(key)) if code > 0 else ""
         if code == 0:
             if not result:
                 raise AirflowException(f"lawnwatch {argv[0]} ended well but printed no JSON object")
