@@ -13,6 +13,7 @@ when it is whole.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from collections.abc import Awaitable, Callable
@@ -20,7 +21,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lawnwatch.errors import LawnwatchError, NoModel, Overloaded, Unavailable
 from lawnwatch.serving import problems, uploads
@@ -31,6 +32,8 @@ PATIENCE = 1.0  # seconds until a sender counts as slow
 SLOW_SENDERS = 64
 BODY_MEMORY = 256_000_000  # bytes of all bodies that are held at once
 MULTIPART_ROOM = 65_536  # bytes that a form may have around its picture
+SWALLOW_BYTES = 4_000_000  # of a refused body, for clients that close after the answer
+SWALLOW_SECONDS = 1.0
 
 T = TypeVar("T")
 
@@ -130,13 +133,21 @@ class AdmissionMiddleware:
             await self._app(scope, receive, send)
             return
         sender = _Sender(self._admission)
+        ended = False
+
+        async def arriving() -> Message:
+            nonlocal ended
+            message = await receive()
+            ended = message["type"] == "http.disconnect" or not message.get("more_body", False)
+            return message
+
         try:
             self._at_the_head(scope)
             sender.enter()
             state = scope.setdefault("state", {})
             state["arrived"] = time.perf_counter()
             state["deadline"] = asyncio.get_running_loop().time() + self._timeout
-            state["body"] = await self._body(receive, sender)
+            state["body"] = await self._body(arriving, sender)
             sender.whole()
             state["body_seconds"] = time.perf_counter() - state["arrived"]
             await self._app(scope, receive, send)
@@ -145,6 +156,8 @@ class AdmissionMiddleware:
             if _header(scope, b"expect"):
                 # The body was announced and never asked for: the connection has no clear next request.
                 response.headers["Connection"] = "close"
+            elif not ended and _header(scope, b"connection").lower() == "close":
+                await _swallow(receive)
             await response(scope, receive, send)
         finally:
             sender.leave()
@@ -199,6 +212,22 @@ class AdmissionMiddleware:
                 hint="Send a smaller file.",
             ),
         )
+
+
+async def _swallow(receive: Receive) -> None:
+    """Let a refused body arrive, within bounds, when its client wants the connection closed after the answer.
+
+    A socket that is closed with unread bytes sends a reset, and a reset can overtake the refusal: the client would see
+    a broken connection where it should read 503 and Retry-After.
+    """
+    left = SWALLOW_BYTES
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(SWALLOW_SECONDS):
+            while left > 0:
+                message = await receive()
+                if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                    return
+                left -= len(message.get("body", b""))
 
 
 class _Sender:
