@@ -34,6 +34,7 @@ from lawnwatch.config import Settings
 from lawnwatch.errors import Conflict, DataError, InputError, NotFound, SettingsError, Unavailable
 
 State = Literal["pending", "claimed", "stored", "quarantined", "blocked", "gone", "failed"]
+SourceStatus = Literal["same", "changed", "gone", "unreachable"]
 Split = Literal["train", "validation", "test"]
 MAX_URL = 2048
 IMPORT_BATCH = 1000
@@ -96,7 +97,10 @@ class ImageRecord(Base):
     """One source URL, its label, and what became of it."""
 
     __tablename__ = "images"
-    __table_args__ = (sa.Index("ix_images_state_id", "state", "id"),)
+    __table_args__ = (
+        sa.Index("ix_images_state_id", "state", "id"),
+        sa.Index("ix_images_state_label_id", "state", "label_id", "id"),  # claims of one label stay as quick
+    )
 
     id: Mapped[int] = mapped_column(
         sa.BigInteger().with_variant(sa.Integer(), "sqlite"), primary_key=True, autoincrement=True
@@ -113,6 +117,8 @@ class ImageRecord(Base):
     attempts: Mapped[int] = mapped_column(default=0)
     claimed_by: Mapped[str | None] = mapped_column(sa.String(120))
     claimed_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    # Claims whose worker died: a picture that kills its worker must not kill for ever.
+    lost_claims: Mapped[int] = mapped_column(default=0, server_default=sa.text("0"))
     object_key: Mapped[str | None] = mapped_column(sa.String(255))
     sha256: Mapped[str | None] = mapped_column(sa.CHAR(64), index=True)
     phash: Mapped[str | None] = mapped_column(sa.CHAR(16))
@@ -129,6 +135,9 @@ class ImageRecord(Base):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utc_now)
     updated_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utc_now, onupdate=utc_now)
     fetched_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    # What the source said when it was last asked whether it still gives the same picture.
+    source_status: Mapped[str | None] = mapped_column(sa.String(16))
+    checked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
     label: Mapped[Label] = relationship(lazy="joined")
 
@@ -158,6 +167,19 @@ class SnapshotRecord(Base):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utc_now, index=True)
     counts: Mapped[dict[str, Any]] = mapped_column(sa.JSON)
     samples: Mapped[bool]
+
+
+class QualityReport(Base):
+    """What the quality checks said of the stored images, and where the report lies."""
+
+    __tablename__ = "quality_reports"
+
+    id: Mapped[str] = mapped_column(sa.CHAR(32), primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utc_now, index=True)
+    passed: Mapped[bool]
+    forced: Mapped[str | None] = mapped_column(sa.String(500))  # why a failed check was overruled
+    checks: Mapped[list[dict[str, Any]]] = mapped_column(sa.JSON)
+    object_key: Mapped[str] = mapped_column(sa.String(255))
 
 
 @dataclass

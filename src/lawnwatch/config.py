@@ -35,6 +35,12 @@ class FetchSettings(BaseModel):
     attempts: int = Field(3, ge=1, description="Tries for one image before its failure is recorded.")
     max_bytes: int = Field(20_000_000, ge=1, description="Largest image file, bytes, counted after decompression.")
     max_redirects: int = Field(3, ge=0, description="Redirects followed; each hop is checked anew.")
+    host_failures: int = Field(
+        5, ge=1, description="Failures in a row after which a host is left alone for `host_pause` seconds."
+    )
+    host_pause: float = Field(
+        60.0, gt=0, description="Seconds a failing host is left alone; its images wait their turn."
+    )
     allow_hosts: list[str] = Field([], description="When set, only these hosts are fetched from (JSON list).")
     allow_cidrs: list[str] = Field(
         [], description="Development only: networks that may be dialled though not public, such as 127.0.0.0/8."
@@ -62,6 +68,30 @@ class DataSettings(BaseModel):
     near_duplicate_distance: int = Field(
         6, ge=0, le=16, description="Largest Hamming distance of two 64-bit perceptual hashes of the same picture."
     )
+    batch_images: int = Field(2000, ge=1, description="Images that one mapped task of `data_pipeline` fetches.")
+    max_batches: int = Field(8, ge=1, description="Most mapped fetch tasks of one `data_pipeline` run.")
+    cache_bytes: int = Field(
+        5_000_000_000, ge=0, description="Largest size of the local cache of objects, bytes; the least used go first."
+    )
+
+
+class QualitySettings(BaseModel):
+    """The checks that data must pass before it becomes a snapshot."""
+
+    max_imbalance: float = Field(10.0, ge=1, description="Most images of the largest class per image of the smallest.")
+    max_label_conflicts: float = Field(
+        0.05, ge=0, le=1, description="Largest share of images quarantined because copies carry different labels."
+    )
+    max_copies: float = Field(
+        0.5, ge=0, le=1, description="Largest share of images that only repeat or resemble another one."
+    )
+    max_one_host: float = Field(1.0, ge=0, le=1, description="Largest share of images that come from one host; 1: any.")
+    max_label_suspects: float = Field(
+        0.2, ge=0, le=1, description="Largest share of images whose label the champion confidently disputes."
+    )
+    min_side: int = Field(32, ge=1, description="Shortest side below which an image counts as too small, pixels.")
+    max_too_small: float = Field(0.1, ge=0, le=1, description="Largest share of too small images.")
+    contact_sheet: int = Field(48, ge=1, description="Most pictures on one contact sheet of the quality report.")
 
 
 class TrainSettings(BaseModel):
@@ -133,10 +163,15 @@ class Settings(BaseSettings):
     log_level: str = Field("INFO", description="Lowest level logged.")
     log_json: bool | None = Field(None, description="JSON log lines; unset: when stderr is not a terminal.")
     git_commit: str = Field("", description="Commit of the running code; empty: asked of git. Images set it.")
+    metrics_dir: Path | None = Field(
+        None,
+        description="Folder for a step's metrics, for Prometheus' textfile collector; unset: nowhere.",
+    )
     run_id: str = Field("", description="Bound to every log line; Airflow's tasks set it to the DAG run's id.")
     fetch: FetchSettings = FetchSettings()
     images: ImageSettings = ImageSettings()
     data: DataSettings = DataSettings()
+    quality: QualitySettings = QualitySettings()
     train: TrainSettings = TrainSettings()
     gate: GateSettings = GateSettings()
     serving: ServingSettings = ServingSettings()

@@ -1,0 +1,1 @@
+"""Recheck: which sources died or changed, which objects rotted, and what could be repaired."""
