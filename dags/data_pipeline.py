@@ -1,21 +1,31 @@
 """
-### From a table of image URLs to a snapshot
+### From a table of image URLs to a snapshot, daily and on demand
 
-1. **ingest** fetches every image record that is pending, validates the picture and stores it under its
-   SHA-256. A URL that fails is recorded with its reason and does not stop the others.
-2. **snapshot** freezes what is stored now, with the split of every picture. It is skipped when a snapshot
+1. **plan** counts the image records that are pending and divides them into batches.
+2. **fetch** runs once for each batch: it claims image records, fetches and validates their pictures and stores
+   each under its SHA-256. A URL that fails is recorded with its reason and does not stop the others. Without
+   anything pending it is skipped.
+3. **recheck**, when asked for, asks the sources again whether they still give the same picture, reads the
+   stored objects, and repairs those that rotted.
+4. **quality** looks for duplicates, contradicting labels and everything else that must not be trained on, and
+   writes the quality report (the button *Report* beside the task). A failed check stops the run with the
+   sentence that says what to do; `force` with a `reason` overrules it, and the report says so.
+5. **snapshot** freezes what is stored now, with the split of every picture. It is skipped when a snapshot
    already holds exactly that; a new one starts `training_pipeline`.
 
-Running it again changes nothing: nothing is fetched or stored twice.
+Running it again changes nothing: nothing is fetched or stored twice. The fetches share the pool
+`lawnwatch_fetch` (`airflow pools import infra/pools.json` makes it).
 """
 
-from airflow.sdk import Param, dag
+from datetime import timedelta
 
-from lawnwatch.pipeline import DEFAULTS, SNAPSHOT, step
+from airflow.sdk import CronTriggerTimetable, Param, dag
+
+from lawnwatch.pipeline import DEFAULTS, FETCH_POOL, SNAPSHOT, mapped_step, step
 
 
 @dag(
-    schedule=None,
+    schedule=CronTriggerTimetable("0 3 * * *", timezone="UTC"),
     max_active_runs=1,
     default_args=DEFAULTS,
     doc_md=__doc__,
@@ -26,18 +36,47 @@ from lawnwatch.pipeline import DEFAULTS, SNAPSHOT, step
             type=["null", "string"],
             description="Only these labels, separated by commas; empty: all.",
         ),
-        "limit": Param(None, type=["null", "integer"], minimum=1, description="Fetch at most so many images."),
+        "limit": Param(
+            None, type=["null", "integer"], minimum=1, description="Fetch at most so many images; empty: all."
+        ),
+        "recheck": Param(
+            False,
+            type="boolean",
+            description="Ask the sources again and read every stored object; repairs what rotted.",
+        ),
+        "force": Param(
+            False,
+            type="boolean",
+            description="Go on although a quality check fails; the report keeps the reason.",
+        ),
+        "reason": Param(
+            None, type=["null", "string"], description="Why a failed check may be overruled; needed with force."
+        ),
     },
 )
 def data_pipeline():
-    ingested = step(
+    batches = step(
+        "plan",
         "ingest",
-        "ingest",
+        "--plan",
         "--labels={{ params.labels or '' }}",
         "{{ '--limit=%d' % params.limit if params.limit else '' }}",
+        returns="batches",
+    )
+    long = {"pool": FETCH_POOL, "execution_timeout": timedelta(hours=6)}
+    fetched = mapped_step("fetch", "ingest", batches, **long)
+    rechecked = step("recheck", "data", "recheck", when="{{ params.recheck }}", **long)
+    quality = step(
+        "quality",
+        "data",
+        "quality",
+        "{{ '--force' if params.force else '' }}",
+        "--reason={{ params.reason or '' }}",
+        report=True,
+        trigger_rule="none_failed",
     )
     snapshot = step("snapshot", "snapshot", "create", outlets=(SNAPSHOT,))
-    ingested >> snapshot
+    [fetched, rechecked] >> quality >> snapshot
 
 
 data_pipeline()

@@ -19,9 +19,10 @@ class AirflowError(Exception):
 
 @dataclass(frozen=True)
 class Task:
-    """One task of a run."""
+    """One task of a run; a mapped one is several, each with an index, and -1 stands for all others."""
 
     name: str
+    index: int
     state: str
     seconds: float | None
     tries: int
@@ -68,6 +69,12 @@ class Airflow:
             return False
         return not found["is_paused"]
 
+    def make_pools(self, wanted: dict[str, dict[str, Any]]) -> None:
+        """Make the pools that are missing; those that are there keep the slots that somebody gave them."""
+        there = {pool["name"] for pool in self.call("GET", "/pools")["pools"]}
+        for name in wanted.keys() - there:
+            self.call("POST", "/pools", {"name": name, **wanted[name]})
+
     def import_errors(self) -> list[str]:
         """What keeps DAG files from being read."""
         return [f"{e['filename']}: {e['stack_trace']}" for e in self.call("GET", "/importErrors")["import_errors"]]
@@ -94,13 +101,14 @@ class Airflow:
         """The run's tasks."""
         found = self.call("GET", f"/dags/{dag}/dagRuns/{quote(run, safe='')}/taskInstances")
         return [
-            Task(t["task_id"], t["state"] or "waiting", t["duration"], t["try_number"]) for t in found["task_instances"]
+            Task(t["task_id"], t["map_index"], t["state"] or "waiting", t["duration"], t["try_number"])
+            for t in found["task_instances"]
         ]
 
-    def message(self, dag: str, run: str, task: str) -> str:
+    def message(self, dag: str, run: str, task: str, index: int = -1) -> str:
         """What the task said in one sentence: its XCom `message`, or its result when that is a sentence."""
         for key in ("message", "return_value"):
-            path = f"/dags/{dag}/dagRuns/{quote(run, safe='')}/taskInstances/{task}/xcomEntries/{key}"
+            path = f"/dags/{dag}/dagRuns/{quote(run, safe='')}/taskInstances/{task}/xcomEntries/{key}?map_index={index}"
             try:
                 value = self.call("GET", path)["value"]
             except AirflowError:

@@ -28,7 +28,7 @@ from typing import Any
 
 import reference_catalog
 import samples
-from airflow_rest import DONE, Airflow, AirflowError
+from airflow_rest import DONE, Airflow, AirflowError, Task
 from supervise import Failed, Lock, Stopped, Supervisor, choose_port, say, sweep
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -282,6 +282,7 @@ class Demo:
             say(f"The API answers with v{model['version']} after {self._elapsed()}.")
         say("Starting Airflow …")
         boss.wait(self.airflow.healthy, "Airflow", service="airflow-api-server")
+        self.airflow.make_pools(json.loads((ROOT / "infra" / "pools.json").read_text()))
         boss.wait(lambda: all(map(self.airflow.has, DAGS)), "Airflow's reading of the DAGs", timeout=120)
         say(f"Airflow is up after {self._elapsed()}.")
 
@@ -387,7 +388,7 @@ class Demo:
     def _follow(self, dag: str, run: str) -> dict[str, str] | None:
         """Show each task as it goes. Returns the tasks' states, or None when the run failed."""
         say(f"\n{dag}")
-        shown: dict[str, str] = {}
+        shown: dict[tuple[str, int], str] = {}
         silent_since = time.monotonic()
         while True:
             try:
@@ -400,23 +401,24 @@ class Demo:
                 self.supervisor.pause(1.0)
                 continue
             for task in tasks:
-                if shown.get(task.name) != task.state:
-                    shown[task.name] = task.state
-                    self._show(dag, run, task.name, task.state, task.seconds, task.tries)
+                if shown.get((task.name, task.index)) != task.state:
+                    shown[task.name, task.index] = task.state
+                    self._show(dag, run, task)
             if state in DONE:
-                return shown if state == "success" else None
+                return {name: shown[name, index] for name, index in shown} if state == "success" else None
             self.supervisor.pause(1.0)
 
-    def _show(self, dag: str, run: str, task: str, state: str, seconds: float | None, tries: int) -> None:
-        if state == "running":
-            say(f"  … {task}" + (f" (try {tries})" if tries > 1 else ""))
-        elif state == "up_for_retry":
-            say(f"  ! {task}: {self.airflow.message(dag, run, task)} It will be tried again.")
-        elif state in ("success", "failed") or (state == "skipped" and seconds):
-            took = f" ({seconds:.0f} s)" if seconds else ""
-            said = self.airflow.message(dag, run, task)
-            say(f"  {MARKS[state]} {task}{took}{': ' if said else ''}{said}")
-            if state == "failed" and not said:
+    def _show(self, dag: str, run: str, task: Task) -> None:
+        name = task.name if task.index < 0 else f"{task.name}[{task.index}]"
+        if task.state == "running":
+            say(f"  … {name}" + (f" (try {task.tries})" if task.tries > 1 else ""))
+        elif task.state == "up_for_retry":
+            say(f"  ! {name}: {self.airflow.message(dag, run, task.name, task.index)} It will be tried again.")
+        elif task.state in ("success", "failed") or (task.state == "skipped" and task.seconds):
+            took = f" ({task.seconds:.0f} s)" if task.seconds else ""
+            said = self.airflow.message(dag, run, task.name, task.index)
+            say(f"  {MARKS[task.state]} {name}{took}{': ' if said else ''}{said}")
+            if task.state == "failed" and not said:
                 say(f"      its log: {self.plan.home / 'airflow' / 'logs' / f'dag_id={dag}' / f'run_id={run}'}")
 
     # --- the API ----------------------------------------------------------------------------------------------

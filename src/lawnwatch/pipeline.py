@@ -21,7 +21,7 @@ import tempfile
 from datetime import timedelta
 from typing import Any
 
-from airflow.sdk import Asset, BaseOperator, task
+from airflow.sdk import Asset, BaseOperator, BaseOperatorLink, task
 from airflow.sdk.configuration import conf
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
 
@@ -29,6 +29,9 @@ from lawnwatch import errors
 
 SNAPSHOT = Asset(name="lawnwatch_snapshot", uri="lawnwatch://snapshot")
 RELEASE = Asset(name="lawnwatch_release", uri="lawnwatch://release")
+
+# How many tasks may fetch at once, over all runs; infra/pools.json makes it.
+FETCH_POOL = "lawnwatch_fetch"
 
 # What every task of every DAG does unless it says otherwise.
 DEFAULTS = {
@@ -53,10 +56,26 @@ HOPELESS = frozenset(
 )
 
 # CPU and memory of a step's pod, by the step's first word; asked for only under KubernetesExecutor.
-RESOURCES = {"train": ("2", "4Gi"), "evaluate": ("2", "3Gi"), "release": ("1", "3Gi"), "ingest": ("1", "1Gi")}
+RESOURCES = {
+    "train": ("2", "4Gi"),
+    "evaluate": ("2", "3Gi"),
+    "release": ("1", "3Gi"),
+    "ingest": ("1", "1Gi"),
+    "data": ("1", "2Gi"),
+}
 SMALL = ("250m", "768Mi")
 
 GRACE_SECONDS = 30
+
+
+class ReportLink(BaseOperatorLink):  # type: ignore[misc]  # Airflow is not checked
+    """The button beside a task that opens the report its step wrote."""
+
+    name = "Report"
+
+    def get_link(self, operator: Any, *, ti_key: Any) -> str:
+        """The `report_url` of the step's JSON; asked for when the task has ended, well or not."""
+        return str(operator.report_url)
 
 
 class Step(BaseOperator):  # type: ignore[misc]  # Airflow is not checked
@@ -65,33 +84,50 @@ class Step(BaseOperator):  # type: ignore[misc]  # Airflow is not checked
     Args:
         argv: the step and its arguments. Strings are templates, XComArgs become edges, and an empty string
             is left out, so that `"{{ '--force' if params.force else '' }}"` is a flag.
+        when: a template; the task is skipped where it renders to nothing or to `False`.
+        returns: the key of the JSON that is the task's result instead of the whole; only such a result can be
+            mapped over.
+        report: the step writes a report, and the task shows a button that opens it.
     """
 
-    template_fields = ("argv",)
+    template_fields = ("argv", "when")
 
-    def __init__(self, *, argv: list[Any], **kwargs: Any) -> None:
-        super().__init__(multiple_outputs=True, **kwargs)
+    def __init__(
+        self, *, argv: list[Any], when: str = "True", returns: str = "", report: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(multiple_outputs=not returns, **kwargs)
         self.argv = argv
+        self.when = when
+        self.returns = returns
+        self.report_url = ""
+        if report:
+            self.operator_extra_links = (ReportLink(),)
         self._process: subprocess.Popen[str] | None = None
 
-    def execute(self, context: Any) -> dict[str, Any]:
+    def execute(self, context: Any) -> Any:
         """Run the step to its end.
 
         Raises:
-            AirflowSkipException: there was nothing to do.
+            AirflowSkipException: there was nothing to do, or nobody asked for it.
             AirflowFailException: the step failed, and would fail again.
             AirflowException: the step failed; Airflow retries it.
         """
+        if self.when in ("", "False", "None"):
+            raise AirflowSkipException("Not asked for in this run.")
         argv = [str(word) for word in self.argv if str(word)]
         self.log.info("lawnwatch %s", " ".join(argv))
         code, output = self._run(argv, run_id=context["run_id"])
         result = _parse(output)
+        self.report_url = str(result.get("report_url", ""))
         # A step that a signal ended may have said that all was well before.
         message = " ".join(str(result[key]) for key in ("message", "hint") if result.get(key)) if code > 0 else ""
         if code == 0:
             if not result:
                 raise AirflowException(f"lawnwatch {argv[0]} ended well but printed no JSON object")
-            return result
+            if not self.returns:
+                return result
+            context["ti"].xcom_push("message", str(result.get("message", "")))
+            return result[self.returns]
         # An XCom outlives the failure: whoever asks why finds the sentence without reading the log.
         message = message or f"lawnwatch {argv[0]} {_ending(code)}; its log says more"
         context["ti"].xcom_push("message", message)
@@ -142,6 +178,16 @@ def step(task_id: str, *argv: Any, outlets: tuple[Asset, ...] = (), **kwargs: An
     """A task that runs `lawnwatch ARGV…`; of its XComArg, `step(…)["run_id"]` is data and edge in one."""
     operator = Step(task_id=task_id, argv=list(argv), outlets=list(outlets), **_pod(argv[0]), **kwargs)
     return operator.output
+
+
+def mapped_step(task_id: str, word: str, argvs: Any, **kwargs: Any) -> Any:
+    """One task for each argv of a list that another step `returns`; on a cluster each has a pod of its own.
+
+    Args:
+        word: the step's first word, by which its resources are chosen.
+    """
+    named = "{{ task.argv[1:] | join(' ') }}"
+    return Step.partial(task_id=task_id, map_index_template=named, **_pod(word), **kwargs).expand(argv=argvs)
 
 
 @task

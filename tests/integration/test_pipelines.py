@@ -122,8 +122,9 @@ def world(request, tmp_path, weights, photos, airflow_database):
         "LAWNWATCH_API_URL": f"http://127.0.0.1:{port}",
         "LAWNWATCH_SERVING__PORT": str(port),
         "LAWNWATCH_FETCH__ALLOW_CIDRS": '["127.0.0.0/8"]',
-        "LAWNWATCH_TRAIN__BUDGET_SECONDS": "60",
-        "LAWNWATCH_TRAIN__FINE_TUNE_EPOCHS": "1",
+        "LAWNWATCH_DATA__BATCH_IMAGES": "80",  # three mapped fetches
+        "LAWNWATCH_TRAIN__BUDGET_SECONDS": "20",
+        "LAWNWATCH_TRAIN__FINE_TUNE_EPOCHS": "0",  # fine-tuning has tests of its own
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "NO_COLOR": "1",
     }
@@ -150,7 +151,13 @@ def test_the_whole_road_and_a_second_time(world, photos):
 
     first = world.run(*DAGS)
     assert {dag: result["state"] for dag, result in first.items()} == dict.fromkeys(DAGS, "success"), world.log[-6000:]
-    assert first["data_pipeline"]["tasks"] == {"ingest": "success", "snapshot": "success"}
+    assert first["data_pipeline"]["tasks"] == {
+        "plan": "success",
+        "fetch": "success",
+        "recheck": "skipped",
+        "quality": "success",
+        "snapshot": "success",
+    }
     assert first["training_pipeline"]["tasks"] == {
         "check": "success",
         "anything_new": "success",
@@ -175,7 +182,13 @@ def test_the_whole_road_and_a_second_time(world, photos):
     before = world.facts()
     assert len(before["versions"]["versions"]) == len(before["snapshots"]["snapshots"]) == 1
     second = world.run(*DAGS)
-    assert second["data_pipeline"]["tasks"] == {"ingest": "success", "snapshot": "skipped"}
+    assert second["data_pipeline"]["tasks"] == {
+        "plan": "success",
+        "fetch": "skipped",
+        "recheck": "skipped",
+        "quality": "success",
+        "snapshot": "skipped",
+    }
     assert second["training_pipeline"]["tasks"] == {
         "check": "success",
         "anything_new": "success",

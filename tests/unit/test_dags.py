@@ -15,7 +15,13 @@ pytestmark = pytest.mark.unit
 DAGS = Path(__file__).resolve().parents[2] / "dags"
 
 EDGES = {
-    "data_pipeline": {"ingest": ["snapshot"], "snapshot": []},
+    "data_pipeline": {
+        "plan": ["fetch"],
+        "fetch": ["quality"],
+        "recheck": ["quality"],
+        "quality": ["snapshot"],
+        "snapshot": [],
+    },
     "training_pipeline": {
         "check": ["anything_new", "unchanged"],
         "anything_new": ["train", "unchanged"],
@@ -43,6 +49,10 @@ print(json.dumps({
             "edges": {t.task_id: sorted(t.downstream_task_ids) for t in dag.tasks},
             "retries": {t.task_id: t.retries for t in dag.tasks},
             "timeouts": {t.task_id: bool(t.execution_timeout) for t in dag.tasks},
+            "pools": sorted({t.pool for t in dag.tasks} - {"default_pool"}),
+            "mapped": [t.task_id for t in dag.tasks if t.is_mapped],
+            "links": [t.task_id for t in dag.tasks if t.operator_extra_links],
+            "cron": getattr(dag.timetable, "_expression", None) or getattr(dag.timetable, "expression", None),
             "pods": [t.task_id for t in dag.tasks if "pod_override" in (t.executor_config or {})],
             "tags": sorted(dag.tags),
             "doc": dag.doc_md or "",
@@ -99,6 +109,21 @@ def test_the_assets_join_the_dags(parsed):
     dags = parsed["dags"]
     assert dags["data_pipeline"]["outlets"] == dags["training_pipeline"]["schedule"] == ["lawnwatch_snapshot"]
     assert dags["training_pipeline"]["outlets"] == dags["inference_pipeline"]["schedule"] == ["lawnwatch_release"]
+
+
+def test_the_data_comes_daily_in_batches_and_with_a_report(parsed):
+    data = parsed["dags"]["data_pipeline"]
+    assert data["cron"] == "0 3 * * *"
+    assert data["mapped"] == ["fetch"]
+    assert data["links"] == ["quality"]
+
+
+def test_every_pool_that_a_task_needs_is_one_that_the_installation_makes(parsed):
+    """Airflow never starts a task whose pool does not exist."""
+    made = json.loads((DAGS.parent / "infra" / "pools.json").read_text())
+    used = {pool for dag in parsed["dags"].values() for pool in dag["pools"]}
+    assert used == set(made)
+    assert all(pool["slots"] >= 1 and pool["description"] for pool in made.values())
 
 
 def test_no_pod_is_described_where_tasks_are_processes(parsed):

@@ -34,12 +34,12 @@ class Notes:
 def run(tmp_path, monkeypatch):
     from lawnwatch.pipeline import Step
 
-    def start(body, *argv):
+    def start(body, *argv, **kwargs):
         program = tmp_path / "python"
         program.write_text(PROGRAM.format(body=body))
         program.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(program))
-        step, notes = Step(task_id="step", argv=list(argv or ("ingest",))), Notes()
+        step, notes = Step(task_id="step", argv=list(argv or ("ingest",)), **kwargs), Notes()
         return step, notes, lambda: step.execute({"run_id": "manual__1", "ti": notes})
 
     return start
@@ -76,6 +76,36 @@ def test_the_exit_code_decides(run, code, outcome):
         execute()
     assert type(caught.value).__name__ == outcome
     assert notes.xcom == {"message": "So it is. Do that."}
+
+
+@pytest.mark.parametrize("when", ["", "False", "None"])
+def test_a_step_that_nobody_asked_for_is_skipped(run, tmp_path, when):
+    _, _, execute = run(f"touch {tmp_path}/ran; echo '{{}}'", when=when)
+    with pytest.raises(Exception, match="Not asked for") as caught:
+        execute()
+    assert type(caught.value).__name__ == "AirflowSkipException"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_one_key_of_the_json_can_be_the_result(run):
+    """What can be mapped over is a task's whole result, never a key of it."""
+    _, notes, execute = run("""echo '{"batches": [["ingest"]], "message": "One batch."}'""", returns="batches")
+    assert execute() == [["ingest"]]
+    assert notes.xcom == {"message": "One batch."}
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_report_is_linked_whether_the_checks_passed_or_not(run, code):
+    step, _, execute = run(
+        f"""echo '{{"report_url": "http://api/reports/1", "message": "m"}}'; exit {code}""", report=True
+    )
+    if code:
+        with pytest.raises(Exception, match="m"):
+            execute()
+    else:
+        execute()
+    (link,) = step.operator_extra_links
+    assert link.get_link(step, ti_key=None) == "http://api/reports/1"
 
 
 def test_a_step_that_is_killed_says_so(run):
