@@ -10,36 +10,58 @@ from __future__ import annotations
 import csv
 import fcntl
 import hashlib
-import json
 import os
 import random
+import re
+import shutil
 import socket
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 from urllib.parse import urlsplit
 
 import sqlalchemy as sa
+from pydantic import SecretStr
 from sqlalchemy.dialects import mysql
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
+from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, lazyload, mapped_column, relationship
 
 from lawnwatch.config import Settings
 from lawnwatch.errors import Conflict, DataError, InputError, NotFound, SettingsError, Unavailable
+from lawnwatch.tabular import Row, Rows, open_rows, replaced, row_of, write_rows
 
 State = Literal["pending", "claimed", "stored", "quarantined", "blocked", "gone", "failed"]
 SourceStatus = Literal["same", "changed", "gone", "unreachable"]
 Split = Literal["train", "validation", "test"]
+FINISHED = ("failed", "gone", "blocked", "quarantined")  # what `retry` may make pending again
 MAX_URL = 2048
-IMPORT_BATCH = 1000
-# MySQL: lock wait timeout, deadlock, connection refused, gone and lost (also at a server's shutdown).
-PASSING = {1205, 1213, 2002, 2003, 2006, 2013, 1053, 1927}
+IMPORT_BATCH = 5000
+PAGE = 5000  # records read or changed in one transaction, where a million may be meant
+PROGRESS_SECONDS = 2.0
+MAX_LOST_CLAIMS = 5
+# Longer than the 50 s after which MySQL itself gives up waiting for a lock, so that its answer (1205: try again) is
+# heard; short enough that a frozen server is noticed. `?read_timeout=…` in the URL overrules it.
+READ_TIMEOUT = 60
+# A migration may build an index over a large table; giving up would leave the server at it, and a re-run in its way.
+MIGRATION_TIMEOUT = 3600
+# MySQL: lock wait timeout, deadlock, too many connections, connection refused, gone, lost, closed (also at a server's
+# shutdown or for idleness).
+PASSING = {0, 1205, 1213, 1040, 2002, 2003, 2006, 2013, 1053, 1927, 4031, "SQLITE_BUSY", "SQLITE_LOCKED"}
+DISK_FULL = {3, 1021, 1026, 1114, "SQLITE_FULL"}
+REFUSED = {1044, 1045, 1049, 1142, 1143, 1698}
+# What an export tells of a record, in this order; who claims it just now and the fetch headers are of no use elsewhere.
+EXPORTED = (
+    "id", "url", "label", "label_source", "state", "reason", "attempts", "object_key", "sha256", "phash", "width",
+    "height", "bytes", "format", "brightness", "sharpness", "group_id", "split", "source_status", "created_at",
+    "updated_at", "fetched_at", "checked_at",
+)  # fmt: skip
 T = TypeVar("T")
 
 
@@ -142,6 +164,9 @@ class ImageRecord(Base):
     label: Mapped[Label] = relationship(lazy="joined")
 
 
+IMAGES = cast(sa.Table, ImageRecord.__table__)  # for statements over many rows, where the ORM would cost more
+
+
 class LabelChange(Base):
     """The labels that a record had, oldest first."""
 
@@ -184,23 +209,20 @@ class QualityReport(Base):
 
 @dataclass
 class ImportReport:
-    """What an import did, in lines of the file."""
+    """What an import did, in rows."""
 
     added: int = 0
     unchanged: int = 0
     conflicts: int = 0
     rejected: int = 0
     reject_file: str | None = None
+    seconds: float = 0.0
     message: str = ""
 
-
-@dataclass
-class _Added:
-    """What one batch of an import did."""
-
-    added: int = 0
-    unchanged: int = 0
-    conflicting: list[tuple[str, str]] = field(default_factory=list)
+    @property
+    def rows(self) -> int:
+        """How many rows have been read."""
+        return self.added + self.unchanged + self.conflicts + self.rejected
 
 
 @dataclass
@@ -210,6 +232,7 @@ class CatalogStatus:
     total: int
     by_state: dict[str, int] = field(default_factory=dict)
     by_label: dict[str, int] = field(default_factory=dict)
+    by_label_and_state: dict[str, dict[str, int]] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)
     message: str = ""
 
@@ -217,37 +240,41 @@ class CatalogStatus:
 # --- the database ---------------------------------------------------------------------------------------------------
 
 
-def make_engine(settings: Settings) -> sa.Engine:
-    """An engine whose connections are tested before use and give up in seconds when the server is gone.
+def make_engine(
+    address: SecretStr, *, setting: str = "LAWNWATCH_DATABASE_URL", read_timeout: int = READ_TIMEOUT
+) -> sa.Engine:
+    """An engine whose connections are tested before use and give up in bounded time when the server is gone or frozen.
+
+    Args:
+        address: the database's URL; timeouts in its query overrule ours.
+        setting: where the URL comes from, for messages.
+        read_timeout: longest wait for an answer, seconds.
 
     Raises:
-        SettingsError: the URL is not one that SQLAlchemy understands.
+        SettingsError: the URL is not one of MySQL or SQLite.
     """
     try:
-        url = sa.make_url(settings.database_url.get_secret_value())
+        url = sa.make_url(address.get_secret_value())
     except sa.exc.ArgumentError:
         raise SettingsError(
-            "LAWNWATCH_DATABASE_URL is not a database URL.",
-            hint="It looks like mysql+pymysql://user:password@host/name.",
+            f"{setting} is not a database URL.", hint="It looks like mysql+pymysql://user:password@host/name."
         ) from None
     if url.get_backend_name() == "sqlite":
-        if url.database:
-            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
         engine = sa.create_engine(url, connect_args={"timeout": 30})
         sa.event.listen(engine, "connect", _prepare_sqlite)
-        sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
         return engine
     if url.get_backend_name() not in ("mysql", "mariadb"):
         raise SettingsError(
-            f"The catalog lives in MySQL or SQLite; received {url.get_backend_name()}.",
-            hint="Set LAWNWATCH_DATABASE_URL to mysql+pymysql://user:password@host/name.",
+            f"{setting} must name MySQL or SQLite; received {url.get_backend_name()}.",
+            hint="Set it to mysql+pymysql://user:password@host/name.",
         )
+    wanted = {"connect_timeout": 5, "read_timeout": read_timeout, "write_timeout": read_timeout, "charset": "utf8mb4"}
     return sa.create_engine(
         url,
         pool_pre_ping=True,
         pool_recycle=1800,
         isolation_level="READ COMMITTED",
-        connect_args={"connect_timeout": 5, "read_timeout": 60, "write_timeout": 60, "charset": "utf8mb4"},
+        connect_args={name: value for name, value in wanted.items() if name not in url.query},
     )
 
 
@@ -255,6 +282,42 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # SQLAlchemy begins transactions itself: BEGIN IMMEDIATE, so none fails midway
     for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "busy_timeout=30000"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+@contextmanager
+def database_faults(setting: str = "LAWNWATCH_DATABASE_URL") -> Iterator[None]:
+    """Turn a driver's faults into ours. The driver's words name hosts and users, so only their number goes on.
+
+    Raises:
+        Unavailable: the server does not answer, refuses, or its disk is full.
+    """
+    try:
+        yield
+    except (OperationalError, InterfaceError, InternalError) as error:
+        code = _fault_code(error)
+        whose = "The catalog database" if setting == "LAWNWATCH_DATABASE_URL" else f"The database of {setting}"
+        if code in DISK_FULL:
+            raise Unavailable(
+                f"{whose} has no space left on its disk ({code}).",
+                hint="Make room, then run the same command again: it goes on where it stopped.",
+            ) from error
+        if code in REFUSED:
+            raise Unavailable(
+                f"{whose} refuses the user, the password or the database name ({code}).", hint=f"Is {setting} right?"
+            ) from error
+        raise Unavailable(
+            f"{whose} does not answer as it should ({type(error).__name__} {code}).",
+            hint=f"Is the server running, and is {setting} right?",
+        ) from error
+
+
+def _fault_code(error: BaseException | None) -> int | str:
+    """MySQL's number or SQLite's name of a fault; empty when it has none."""
+    fault = getattr(error, "orig", None)
+    if name := getattr(fault, "sqlite_errorname", ""):  # SQLITE_BUSY_SNAPSHOT is a kind of SQLITE_BUSY
+        return "_".join(str(name).split("_")[:2])
+    code = fault.args[0] if fault is not None and fault.args else ""
+    return code if isinstance(code, int | str) else ""
 
 
 class Catalog:
@@ -266,7 +329,16 @@ class Catalog:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.engine = make_engine(settings)
+        self.engine = self._engine()
+
+    def _engine(self, **options: Any) -> sa.Engine:
+        engine = make_engine(self.settings.database_url, **options)
+        if engine.dialect.name == "sqlite":
+            if engine.url.database:
+                Path(engine.url.database).parent.mkdir(parents=True, exist_ok=True)
+            # A transaction that would write waits at its beginning, where that is free, and does not fail midway.
+            sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+        return engine
 
     @property
     def is_mysql(self) -> bool:
@@ -279,7 +351,7 @@ class Catalog:
         Raises:
             Unavailable: the server does not answer, or the transaction lost against another (try again).
         """
-        with self._faults(), Session(self.engine, expire_on_commit=False) as session, session.begin():
+        with database_faults(), Session(self.engine, expire_on_commit=False) as session, session.begin():
             yield session
 
     def retried(self, work: Callable[[], T], *, patience: float = 20.0) -> T:
@@ -301,40 +373,40 @@ class Catalog:
                 time.sleep(pause)
         raise AssertionError("unreachable: the patience ends first")
 
-    @contextmanager
-    def _faults(self) -> Iterator[None]:
-        try:
-            yield
-        except (OperationalError, InterfaceError) as error:
-            # The driver's words name hosts and users, so only their number goes on.
-            number = error.orig.args[0] if error.orig is not None and error.orig.args else ""
-            raise Unavailable(
-                f"The catalog database does not answer as it should ({type(error).__name__} {number}).",
-                hint="Is the server running, the disk not full, and LAWNWATCH_DATABASE_URL right?",
-            ) from error
-
     def migrate(self) -> None:
         """Bring the schema up to date; quick when it is, safe when several processes start at once.
 
         Raises:
+            SettingsError: the schema is of a newer lawnwatch than this one.
             Unavailable: the server does not answer.
         """
-        from alembic import command
-        from alembic.config import Config
-        from alembic.runtime.migration import MigrationContext
-        from alembic.script import ScriptDirectory
+        known = known_revisions()
+        with database_faults():
+            if (there := self._revision()) == known[-1]:
+                return
+            if there and there not in known:
+                raise SettingsError(
+                    f"The catalog's schema is {there}; this lawnwatch knows only up to {known[-1]}.",
+                    hint="Use the newer lawnwatch that migrated it.",
+                )
+            self._upgrade()
 
-        config = Config()
-        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-        head = ScriptDirectory.from_config(config).get_current_head()
-        with self._faults():
-            with self.engine.connect() as connection:
-                if MigrationContext.configure(connection).get_current_revision() == head:
-                    return
-            with self.exclusive("migrate"), self.engine.connect() as connection:
-                config.attributes["connection"] = connection
-                command.upgrade(config, "head")
+    def _revision(self) -> str:
+        with self.engine.connect() as connection:
+            if not sa.inspect(connection).has_table("alembic_version"):
+                return ""
+            return connection.scalar(sa.text("SELECT version_num FROM alembic_version")) or ""
+
+    def _upgrade(self) -> None:
+        from alembic import command  # half a second that a command whose schema is up to date does not spend
+
+        engine = self._engine(read_timeout=MIGRATION_TIMEOUT)
+        try:
+            with self.exclusive("migrate"), engine.connect() as connection:
+                command.upgrade(alembic_config(connection), "head")
                 connection.commit()
+        finally:
+            engine.dispose()
 
     @contextmanager
     def exclusive(self, name: str, *, timeout: float = 60.0) -> Iterator[None]:
@@ -344,12 +416,9 @@ class Catalog:
             Conflict: another process holds it for longer than `timeout` seconds.
         """
         if self.is_mysql:
-            with self._faults(), self.engine.connect() as connection:
+            with database_faults(), self.engine.connect() as connection:
                 lock = f"lawnwatch:{self.engine.url.database}:{name}"[:64]
-                if not connection.scalar(
-                    sa.text("SELECT GET_LOCK(:lock, :timeout)"), {"lock": lock, "timeout": timeout}
-                ):
-                    raise Conflict(f"Another process is busy with {name}.", hint="Try again when it has finished.")
+                _lock_name(connection, lock, name, timeout)
                 try:
                     yield
                 finally:
@@ -370,133 +439,203 @@ class Catalog:
         Raises:
             InputError: the URL or the label cannot be one.
         """
-        row = checked_row(url, label)
-        report = self.retried(lambda: self._add_rows([row], source))
-        return "added" if report.added else "conflict" if report.conflicting else "unchanged"
+        row = Row(0, *checked_row(url, label))
+        added, conflicts = self.retried(partial(self._add_rows, [row], checked_source(source), {}))
+        return "added" if added else "conflict" if conflicts else "unchanged"
 
     def import_file(
         self, file: Path, *, source: str = "import", on_progress: Callable[[str], None] = lambda line: None
     ) -> ImportReport:
-        """Add the rows of a CSV (header `url,label`), Parquet or JSON-lines file, streamed.
+        """Add the rows of a CSV (header with `url` and `label`), Parquet or JSON-lines file, streamed.
 
-        A row that cannot be one goes with its line number and the reason to a reject file in home; the others are
-        added. Importing twice changes nothing.
+        A row that cannot be one, or that the catalog has under another label, goes with its line number and the reason
+        to a reject file in home; the others are added. Importing twice changes nothing.
 
         Raises:
             InputError: no such file, an unknown ending, or a file without the columns `url` and `label`.
+            Unavailable: the database stayed away; the same import again goes on.
         """
-        total = ImportReport()
-        rejects: list[tuple[int, str, str, str]] = []
-        conflicts: list[tuple[str, str]] = []
+        return self._import(open_rows(file), file.stem, source, on_progress)
 
-        def good() -> Iterator[tuple[str, str]]:
-            for line, url, label in _rows_of(file):
+    def import_table(
+        self,
+        table: str,
+        *,
+        url_column: str = "url_source",
+        label_column: str = "label",
+        key_column: str | None = None,
+        source: str = "import",
+        on_progress: Callable[[str], None] = lambda line: None,
+    ) -> ImportReport:
+        """Add the rows of a table of the database LAWNWATCH_IMPORT_DATABASE_URL (empty: of the catalog's own).
+
+        As `import_file`; the table is read by pages in the order of its key, never locked, and never written.
+
+        Args:
+            key_column: a column that is unique and never NULL; None: the primary key.
+
+        Raises:
+            InputError: no such table or column, or no such key.
+            Unavailable: one of the two databases stayed away; the same import again goes on.
+        """
+        address, setting = self.settings.import_database_url, "LAWNWATCH_IMPORT_DATABASE_URL"
+        if not address.get_secret_value():
+            address, setting = self.settings.database_url, "LAWNWATCH_DATABASE_URL"
+        engine = make_engine(address, setting=setting)
+        if engine.dialect.name == "sqlite" and not Path(engine.url.database or "").is_file():
+            raise InputError(f"{setting} names a SQLite file that does not exist.")
+        try:
+            with database_faults(setting):
+                columns = _table_columns(engine, table, (key_column, url_column, label_column))
+
+            def pages() -> Iterator[Row]:
+                page, last = sa.select(*columns).order_by(columns[0]).limit(PAGE), None
+                while True:
+                    query = page if last is None else page.where(columns[0] > last)
+                    found = self.retried(partial(_fetch, engine, query, setting))
+                    for row in found:
+                        yield row_of(str(row[0]), row[1], row[2])
+                    if len(found) < PAGE:
+                        return
+                    last = found[-1][0]
+
+            return self._import(pages(), table, source, on_progress)
+        finally:
+            engine.dispose()
+
+    def _import(
+        self, rows: Rows | Iterator[Row], name: str, source: str, on_progress: Callable[[str], None]
+    ) -> ImportReport:
+        source = checked_source(source)
+        report, started = ImportReport(), time.monotonic()
+        labels: dict[str, int] = {}
+        file_name = re.sub(r"[^\w.-]", "_", name)  # a table may be called anything
+        target = self.settings.home / "rejects" / f"{file_name}.rejects.csv"
+        said = started
+        with _reject_file(target) as reject:
+            read = iter(rows)
+            while batch := list(islice(read, IMPORT_BATCH)):
+                good: list[Row] = []
+                for row in batch:
+                    try:
+                        good.append(_checked(row))
+                    except InputError as error:
+                        reject(row, error.message)
+                        report.rejected += 1
                 try:
-                    yield checked_row(url, label)
-                except InputError as error:
-                    rejects.append((line, url, label, error.message))
-
-        rows = good()
-        for number, batch in enumerate(iter(lambda: list(islice(rows, IMPORT_BATCH)), []), start=1):
-            report = self.retried(partial(self._add_rows, batch, source))
-            conflicts += report.conflicting
-            total.added += report.added
-            total.unchanged += report.unchanged
-            total.conflicts += len(report.conflicting)
-            if number % 20 == 0:
-                on_progress(f"imported {number * IMPORT_BATCH:,} rows, {total.added:,} of them new")
-        total.rejected = len(rejects)
-        rejects += [(0, url, label, "in the catalog under another label") for url, label in conflicts]
-        if rejects:
-            total.reject_file = str(self._write_rejects(file, rejects))
-        total.message = (
-            f"{total.added:,} added, {total.unchanged:,} already there, {total.conflicts:,} under another label, "
-            f"{total.rejected:,} rejected" + (f"; see {total.reject_file}." if rejects else ".")
+                    added, conflicts = self.retried(partial(self._add_rows, good, source, labels), patience=60)
+                except Unavailable as error:
+                    raise Unavailable(
+                        f"{error.message} {report.rows:,} rows had been imported by then.",
+                        hint=f"{error.hint} Run the same import again: it goes on where it stopped.",
+                    ) from error
+                for row, label in conflicts:
+                    reject(row, f"in the catalog as {label}; `lawnwatch catalog relabel` changes it on purpose")
+                report.added += added
+                report.conflicts += len(conflicts)
+                report.unchanged += len(good) - added - len(conflicts)
+                if time.monotonic() - said >= PROGRESS_SECONDS:
+                    said = time.monotonic()
+                    share = None if isinstance(rows, Iterator) else rows.share()
+                    on_progress(_progress_line(report, said - started, share))
+        report.seconds = round(time.monotonic() - started, 3)
+        report.reject_file = str(target) if report.rejected or report.conflicts else None
+        report.message = (
+            f"{report.added:,} added, {report.unchanged:,} already there, {report.conflicts:,} under another label, "
+            f"{report.rejected:,} rejected in {report.seconds:.1f} s"
+            + (f"; see {report.reject_file}." if report.reject_file else ".")
         )
-        return total
-
-    def _write_rejects(self, file: Path, rejects: list[tuple[int, str, str, str]]) -> Path:
-        folder = self.settings.home / "rejects"
-        folder.mkdir(parents=True, exist_ok=True)
-        target = folder / f"{file.stem}.rejects.csv"
-        with target.open("w", newline="") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(("line", "url", "label", "reason"))
-            writer.writerows(rejects)
-        return target
-
-    def _add_rows(self, rows: list[tuple[str, str]], source: str) -> _Added:
-        report = _Added()
-        with self.session() as session:
-            labels = self._label_ids(session, {label for _, label in rows})
-            names = {number: name for name, number in labels.items()}
-            wanted: dict[bytes, tuple[str, str]] = {}
-            for url, label in rows:
-                first = wanted.setdefault(url_hash(url), (url, label))
-                if first != (url, label):
-                    report.conflicting.append((url, label))
-            before = dict(
-                session.execute(
-                    sa.select(ImageRecord.url_sha256, ImageRecord.label_id).where(
-                        ImageRecord.url_sha256.in_(list(wanted))
-                    )
-                ).all()
-            )
-            new = [
-                {"url": url, "url_sha256": key, "label_id": labels[label], "label_source": source, "state": "pending"}
-                for key, (url, label) in wanted.items()
-                if key not in before
-            ]
-            if new:
-                # Another import may add the same URL between our look and our insert; the unique hash decides.
-                statement = sa.insert(ImageRecord).prefix_with("IGNORE" if self.is_mysql else "OR IGNORE")
-                session.execute(statement, new)
-            report.added = len(new)
-            for key, (url, label) in wanted.items():
-                if key in before and names.get(before[key]) != label:
-                    report.conflicting.append((url, label))
-            report.unchanged = len(rows) - report.added - len(report.conflicting)
         return report
 
-    def _label_ids(self, session: Session, names: set[str]) -> dict[str, int]:
-        def known() -> dict[str, int]:
-            found = session.execute(sa.select(Label.name, Label.id).where(Label.name.in_(names)))
-            return dict(found.all())
+    def _add_rows(self, rows: list[Row], source: str, known: dict[str, int]) -> tuple[int, list[tuple[Row, str]]]:
+        """Insert what is new; returns how many were, and the rows whose URL has another label, with that label.
 
-        missing = names - known().keys()
-        if missing:
+        Args:
+            known: label names to ids; labels made here are added to it once they are committed.
+        """
+        keys = [url_hash(row.url) for row in rows]
+        first: dict[bytes, Row] = {}
+        for key, row in zip(keys, rows, strict=True):
+            first.setdefault(key, row)
+        there: dict[bytes, str] = {}
+        with self.session() as session:
+            missing = {row.label for row in first.values()} - known.keys()
+            labels = self._label_ids(session, missing)
+            if missing := missing - labels.keys():
+                # A label comes into being with a record of its own, not with a row that is a conflict.
+                there = self._labels_of(session, [key for key, row in first.items() if row.label in missing])
+                made = {row.label for key, row in first.items() if row.label in missing and key not in there}
+                labels |= self._made_labels(session, made)
+            ids = known | labels
+            now = utc_now()
+            new = [
+                {"url": row.url, "url_sha256": key, "label_id": ids[row.label], "label_source": source,
+                 "state": "pending", "created_at": now, "updated_at": now}
+                for key, row in first.items()
+                if key not in there
+            ]  # fmt: skip
+            added = 0
+            if new:
+                # The unique hash decides what is new, also against another import that runs at the same time.
+                statement = sa.insert(IMAGES).prefix_with("IGNORE" if self.is_mysql else "OR IGNORE")
+                added = affected(session.connection().execute(statement, new))
+            if added < len(first):
+                there = self._labels_of(session, list(first))
+        if len(known) > 10_000:  # a column of anything but labels must not fill the memory
+            known.clear()
+        known |= labels
+        held = ((row, there.get(key, first[key].label)) for key, row in zip(keys, rows, strict=True))
+        return added, [(row, label) for row, label in held if label != row.label]
+
+    def _labels_of(self, session: Session, keys: list[bytes]) -> dict[bytes, str]:
+        """The labels of those of the URLs (as hashes) that the catalog has."""
+        query = sa.select(ImageRecord.url_sha256, Label.name).join(Label).where(ImageRecord.url_sha256.in_(keys))
+        return dict(session.execute(query).all())
+
+    def _label_ids(self, session: Session, names: Iterable[str]) -> dict[str, int]:
+        """The ids of those of the labels that the catalog has."""
+        query = sa.select(Label.name, Label.id).where(Label.name.in_(list(names)))
+        return dict(session.execute(query).all())
+
+    def _made_labels(self, session: Session, names: set[str]) -> dict[str, int]:
+        if names:
             statement = sa.insert(Label).prefix_with("IGNORE" if self.is_mysql else "OR IGNORE")
-            session.execute(statement, [{"name": name} for name in sorted(missing)])
-        return known()
+            session.execute(statement, [{"name": name} for name in sorted(names)])
+        return self._label_ids(session, names)
 
     # --- looking ----------------------------------------------------------------------------------------------------
 
     def status(self) -> CatalogStatus:
-        """Records counted by state, by label, and by the reason of those that cannot be used."""
+        """Records counted by state, by label, by both, and by the reason of those that cannot be used."""
         with self.session() as session:
-            states = dict(session.execute(sa.select(ImageRecord.state, sa.func.count()).group_by("state")).all())
-            labels = dict(
-                session.execute(
-                    sa.select(Label.name, sa.func.count(ImageRecord.id))
-                    .outerjoin(ImageRecord, ImageRecord.label_id == Label.id)
-                    .group_by(Label.name)
-                    .order_by(Label.name)
-                ).all()
-            )
+            names = dict(session.execute(sa.select(Label.id, Label.name).order_by(Label.name)).all())
+            counted = session.execute(
+                sa.select(ImageRecord.state, ImageRecord.label_id, sa.func.count()).group_by("state", "label_id")
+            ).all()
+            # No picture has more reasons than kinds of faults: the part before the colon.
             code = sa.func.substr(ImageRecord.reason, 1, 60)
             reasons: dict[str, int] = dict(
                 session.execute(
                     sa.select(code, sa.func.count())
-                    .where(ImageRecord.reason.is_not(None), ImageRecord.state.not_in(("stored", "pending", "claimed")))
+                    .where(ImageRecord.reason.is_not(None), ImageRecord.state.in_(FINISHED))
                     .group_by(code)
                     .order_by(sa.func.count().desc())
                     .limit(20)
                 ).all()
             )
-        total = sum(states.values())
-        by_state = {state: states[state] for state in get_args(State) if state in states}
-        summary = ", ".join(f"{count:,} {state}" for state, count in by_state.items()) or "none"
-        return CatalogStatus(total, by_state, labels, reasons, f"{total:,} image record(s): {summary}.")
+        cells = {(state, names[label]): number for state, label, number in counted}
+        order = get_args(State)
+        table = {
+            label: {state: cells[state, label] for state in order if (state, label) in cells}
+            for label in names.values()
+        }
+        by_label = {label: sum(states.values()) for label, states in table.items()}
+        by_state = {
+            state: total for state in order if (total := sum(states.get(state, 0) for states in table.values()))
+        }
+        total = sum(by_state.values())
+        summary = ", ".join(f"{number:,} {state}" for state, number in by_state.items()) or "none"
+        return CatalogStatus(total, by_state, by_label, table, reasons, f"{total:,} image record(s): {summary}.")
 
     def find(self, image: str) -> ImageRecord:
         """The record of that URL or id. Raises NotFound."""
@@ -504,7 +643,7 @@ class Catalog:
             return self._find(session, image)
 
     def show(self, image: str) -> dict[str, Any]:
-        """All that is known of one record, and the labels it had."""
+        """All that is known of one record, and the labels it had. Raises NotFound."""
         with self.session() as session:
             record = self._find(session, image)
             changes = session.scalars(
@@ -518,41 +657,164 @@ class Catalog:
             history = [{"label": c.label.name, "source": c.source, "until": c.at.isoformat()} for c in changes]
             return {**known, "label": record.label.name, "label_history": history}
 
-    def _find(self, session: Session, image: str) -> ImageRecord:
+    def select(
+        self,
+        *,
+        state: str | None = None,
+        label: str | None = None,
+        reason: str | None = None,
+        limit: int = 50,
+        after: int = 0,
+    ) -> list[ImageRecord]:
+        """Up to `limit` records in the order of their ids, from the one after `after` on.
+
+        Args:
+            reason: how the reason begins, such as `label_conflict` or `http_404`.
+
+        Raises:
+            InputError: no such state.
+            DataError: no such label.
+        """
+        with self.session() as session:
+            query = sa.select(ImageRecord).where(*self._filters(session, state, label, reason), ImageRecord.id > after)
+            return list(session.scalars(query.order_by(ImageRecord.id).limit(limit)))
+
+    def export(self, file: Path, *, state: str | None = None, label: str | None = None) -> int:
+        """Write the records to a CSV, Parquet or JSON-lines file that exists whole or not at all; returns how many.
+
+        `import_file` reads it. Cells are written as they are: a label that begins with `=` is a formula to a
+        spreadsheet program, and changing it here would change the data.
+
+        Raises:
+            InputError: no such state, an unknown ending, or a file that cannot be written.
+            DataError: no such label.
+        """
+        table = IMAGES.c
+        columns = [Label.name if name == "label" else table[name] for name in EXPORTED]
+        with self.session() as session:
+            query = sa.select(*columns).join(Label).where(*self._filters(session, state, label, None))
+        types = {name: column.type.python_type for name, column in zip(EXPORTED, columns, strict=True)}
+
+        def page(after: int) -> Sequence[sa.Row[Any]]:
+            with self.session() as session:
+                return session.execute(query.where(table.id > after).order_by(table.id).limit(PAGE)).all()
+
+        def pages() -> Iterator[Sequence[sa.Row[Any]]]:
+            after = 0
+            while found := self.retried(partial(page, after)):
+                yield found
+                after = found[-1].id
+
+        return write_rows(file, types, pages())
+
+    def _filters(
+        self, session: Session, state: str | None, label: str | None, reason: str | None
+    ) -> list[sa.ColumnElement[bool]]:
+        conditions: list[sa.ColumnElement[bool]] = []
+        if state is not None:
+            if state not in get_args(State):
+                raise InputError(f"A state is one of {', '.join(get_args(State))}; received {state!r}.")
+            conditions.append(ImageRecord.state == state)
+        if label is not None:
+            conditions.append(ImageRecord.label_id.in_(self._known_labels(session, [label])))
+        if reason:
+            conditions.append(ImageRecord.reason.startswith(reason, autoescape=True))
+        return conditions
+
+    def _known_labels(self, session: Session, names: list[str]) -> list[int]:
+        known = self._label_ids(session, names)
+        if unknown := set(names) - known.keys():
+            raise DataError(
+                f"The catalog has no label {', '.join(sorted(unknown))}.",
+                hint="`lawnwatch catalog status` lists the labels.",
+            )
+        return sorted(known.values())
+
+    def _find(self, session: Session, image: str, *, lock: bool = False) -> ImageRecord:
         match = ImageRecord.id == int(image) if image.isdecimal() else ImageRecord.url_sha256 == url_hash(image)
-        record = session.scalar(sa.select(ImageRecord).where(match))
+        query = sa.select(ImageRecord).where(match)
+        if lock:  # without the join, which would lock the label's row too
+            query = query.options(lazyload(ImageRecord.label)).with_for_update()
+        record = session.scalar(query)
         if record is None:
             raise NotFound(f"The catalog has no image record {image}.", hint="`lawnwatch catalog status` counts them.")
         return record
 
     # --- changing ---------------------------------------------------------------------------------------------------
 
-    def retry(self, state: str = "failed") -> int:
-        """Make all records of a finished state pending again; returns how many.
+    def retry(
+        self,
+        state: str = "failed",
+        *,
+        label: str | None = None,
+        reason: str | None = None,
+        image: str | None = None,
+    ) -> int:
+        """Make finished records pending again; returns how many.
+
+        Many are changed page by page, so that no million of records is locked; an interrupted retry goes on when it
+        is run again.
+
+        Args:
+            state: failed, gone, blocked or quarantined; of an `image`, whichever of them it is in.
+            reason: only records whose reason begins so, such as `http_503`.
+            image: only the record of that URL or id.
 
         Raises:
             InputError: a state that is not finished.
+            NotFound: no such image.
         """
-        finished = ("failed", "gone", "blocked", "quarantined")
-        if state not in finished:
-            raise InputError(f"Only {', '.join(finished)} records can be retried; received {state!r}.")
-        with self.session() as session:
-            changed = session.execute(
-                sa.update(ImageRecord)
-                .where(ImageRecord.state == state)
-                .values(state="pending", reason=None, attempts=0, updated_at=utc_now())
-            )
-            return affected(changed)
+        if image is not None:
+            record = self.find(image)
+            state, pages = record.state, iter([[record.id]])
+        elif state in FINISHED:
+            pages = self._ids(state, label, reason)
+        if state not in FINISHED:
+            raise InputError(f"Only {', '.join(FINISHED)} records can be retried; received {state!r}.")
+
+        def change(ids: list[int]) -> int:
+            with self.session() as session:
+                return affected(
+                    session.execute(
+                        sa.update(ImageRecord)
+                        .where(ImageRecord.id.in_(ids), ImageRecord.state == state)
+                        .values(state="pending", reason=None, attempts=0, lost_claims=0, updated_at=utc_now())
+                        .execution_options(synchronize_session=False)
+                    )
+                )
+
+        return sum(self.retried(partial(change, ids)) for ids in pages)
+
+    def _ids(self, state: str, label: str | None, reason: str | None) -> Iterator[list[int]]:
+        """The ids of the records that match, a page at a time."""
+        after = 0
+        while True:
+            with self.session() as session:
+                query = sa.select(ImageRecord.id).where(
+                    *self._filters(session, state, label, reason), ImageRecord.id > after
+                )
+                ids = list(session.scalars(query.order_by(ImageRecord.id).limit(PAGE)))
+            if not ids:
+                return
+            yield ids
+            after = ids[-1]
 
     def relabel(self, image: str, label: str, *, source: str = "catalog") -> None:
-        """Give a record another label; the old one goes to its history. Raises NotFound, InputError."""
-        checked_label(label)
+        """Give a record another label; the old one goes to its history.
+
+        A picture that was quarantined because its copies disagreed is free again; the next snapshot judges it anew.
+
+        Raises:
+            NotFound: no such image.
+            InputError: what cannot be a label.
+        """
+        label, source = checked_label(label), checked_source(source)
         with self.session() as session:
-            record = self._find(session, image)
+            record = self._find(session, image, lock=True)
             if record.label.name == label:
                 return
             session.add(LabelChange(image_id=record.id, label_id=record.label_id, source=record.label_source))
-            record.label_id = self._label_ids(session, {label})[label]
+            record.label_id = self._made_labels(session, {label})[label]
             record.label_source = source
             if record.state == "quarantined" and (record.reason or "").startswith("label_conflict"):
                 record.state, record.reason = "stored", None
@@ -564,79 +826,175 @@ class Catalog:
     ) -> list[ImageRecord]:
         """Take up to `limit` pending records for this worker, for `lease_seconds`.
 
-        A record whose lease ran out, or whose worker was a process of this machine that is gone, is taken too.
+        A record whose lease ran out, or whose worker was a process of this machine that is gone, is taken too. One
+        that five workers died with is a danger to the sixth: it becomes `failed`, with the reason `worker_died`.
 
         Raises:
             DataError: a label that the catalog does not know.
+            Unavailable: the database stayed away.
+        """
+        until = utc_now() + timedelta(seconds=lease_seconds)
+        tries = count()
+
+        def attempt() -> list[ImageRecord]:
+            with self.session() as session:
+                # A claim whose answer was lost is found by its lease, to the microsecond: it must not lie about.
+                ids = self._held(session, worker, until) if next(tries) else []
+                if not ids:
+                    self._free_lost_claims(session, worker)
+                    wanted = self._known_labels(session, labels) if labels else None
+                    ids = self.lock_pending(session, limit, wanted)
+                    session.execute(
+                        sa.update(ImageRecord)
+                        .where(ImageRecord.id.in_(ids))
+                        .values(state="claimed", claimed_by=worker, claimed_until=until, updated_at=utc_now())
+                        .execution_options(synchronize_session=False)
+                    )
+                query = sa.select(ImageRecord).where(ImageRecord.id.in_(ids)).order_by(ImageRecord.id)
+                return list(session.scalars(query))
+
+        return self.retried(attempt)
+
+    def _held(self, session: Session, worker: str, until: datetime) -> list[int]:
+        mine = (ImageRecord.state == "claimed", ImageRecord.claimed_by == worker, ImageRecord.claimed_until == until)
+        return list(session.scalars(sa.select(ImageRecord.id).where(*mine)))
+
+    def _free_lost_claims(self, session: Session, worker: str) -> None:
+        """Give back the claims of dead workers and those whose lease ran out.
+
+        The look before costs no lock, so that the usual claim, which finds nothing to free, hinders nobody.
         """
         now = utc_now()
-        with self.session() as session:
-            dead = [
-                other
-                for other in session.scalars(
-                    sa.select(ImageRecord.claimed_by).where(ImageRecord.state == "claimed").distinct()
-                )
-                if other and other != worker and _is_dead(other)
-            ]
-            for condition in (ImageRecord.claimed_until < now, ImageRecord.claimed_by.in_(dead)):
-                session.execute(
-                    sa.update(ImageRecord)
-                    .where(ImageRecord.state == "claimed", condition)
-                    .values(state="pending", claimed_by=None, claimed_until=None)
-                )
-            label_ids: list[int] | None = None
-            if labels:
-                known = dict(session.execute(sa.select(Label.name, Label.id).where(Label.name.in_(labels))).all())
-                if unknown := set(labels) - known.keys():
-                    raise DataError(
-                        f"The catalog has no label {', '.join(sorted(unknown))}.",
-                        hint="`lawnwatch catalog status` lists the labels.",
-                    )
-                label_ids = list(known.values())
-            taken = self.lock_pending(session, limit, label_ids)
-            records = list(
-                session.scalars(sa.select(ImageRecord).where(ImageRecord.id.in_(taken)).order_by(ImageRecord.id))
+        leases = session.execute(
+            sa.select(ImageRecord.claimed_by, sa.func.min(ImageRecord.claimed_until))
+            .where(ImageRecord.state == "claimed")
+            .group_by(ImageRecord.claimed_by)
+        ).all()
+        dead = [name for name, _ in leases if name and name != worker and _is_dead(name)]
+        if not dead and all(until is not None and until >= now for _, until in leases):
+            return
+        lost = ImageRecord.lost_claims + 1
+        deadly = lost >= MAX_LOST_CLAIMS
+        reason = f"worker_died: {MAX_LOST_CLAIMS} workers died, or lost their lease, while they had this image"
+        session.execute(
+            sa.update(ImageRecord)
+            .where(
+                ImageRecord.state == "claimed",
+                sa.or_(ImageRecord.claimed_until < now, ImageRecord.claimed_by.in_(dead)),
             )
-            for record in records:
-                record.state = "claimed"
-                record.claimed_by = worker
-                record.claimed_until = now + timedelta(seconds=lease_seconds)
-            return records
+            # In this order: MySQL lets an assignment see those before it, and two of them read lost_claims.
+            .ordered_values(
+                (ImageRecord.state, sa.case((deadly, "failed"), else_="pending")),
+                (ImageRecord.reason, sa.case((deadly, reason), else_=None)),
+                (ImageRecord.claimed_by, None),
+                (ImageRecord.claimed_until, None),
+                (ImageRecord.updated_at, now),
+                (ImageRecord.lost_claims, lost),
+            )
+            .execution_options(synchronize_session=False)
+        )
 
     def lock_pending(self, session: Session, limit: int, label_ids: list[int] | None) -> list[int]:
         """Ids of pending records, locked for this transaction; those that another one holds are passed over.
 
-        Only `images` is read: MariaDB has no FOR UPDATE OF, so a join would lock the label's row, and with it hide
-        every record of that label from all other workers.
+        Of several labels each gets its share, and is asked for alone: together they could not be read in the order of
+        an index, and each claim would sort all that is pending. Only `images` is read: MariaDB has no FOR UPDATE OF,
+        so a join would lock the label's row, and with it hide every record of that label from all other workers.
         """
-        query = sa.select(ImageRecord.id).where(ImageRecord.state == "pending").order_by(ImageRecord.id).limit(limit)
-        if label_ids is not None:
-            query = query.where(ImageRecord.label_id.in_(label_ids))
-        if self.is_mysql:
-            query = query.with_for_update(skip_locked=True)
-        return list(session.scalars(query))
+        ids: list[int] = []
+        groups = [None] if label_ids is None else label_ids
+        for number, label in enumerate(groups):
+            share = -(-(limit - len(ids)) // (len(groups) - number))
+            query = sa.select(ImageRecord.id).where(ImageRecord.state == "pending")
+            if label is not None:
+                query = query.where(ImageRecord.label_id == label)
+            query = query.order_by(ImageRecord.id).limit(share)
+            if self.is_mysql:
+                # Left alone, the optimizer may walk the primary key through all that is finished already.
+                index = "ix_images_state_id" if label is None else "ix_images_state_label_id"
+                query = query.with_hint(ImageRecord, f"FORCE INDEX ({index})").with_for_update(skip_locked=True)
+            ids += session.scalars(query)
+        return ids
+
+    def renew(self, worker: str, ids: Iterable[int], *, lease_seconds: float = 120.0) -> int:
+        """Let this worker keep claimed records for `lease_seconds` from now; returns how many are still its own."""
+        wanted = list(ids)
+        until = utc_now() + timedelta(seconds=lease_seconds)
+
+        def attempt() -> int:
+            with self.session() as session:
+                done = session.execute(
+                    sa.update(ImageRecord)
+                    .where(*_claimed_by(worker), ImageRecord.id.in_(wanted))
+                    .values(claimed_until=until)
+                    .execution_options(synchronize_session=False)
+                )
+                return affected(done)
+
+        return self.retried(attempt)
 
     def finish(self, worker: str, outcomes: Iterable[tuple[int, dict[str, Any]]]) -> int:
         """Record what became of claimed records: (id, columns) each; returns how many were still this worker's.
 
         A record whose lease went to another worker is left to that one: both would write the same.
+
+        Raises:
+            Unavailable: the database stayed away.
         """
-        written = 0
-        with self.session() as session:
-            for number, values in outcomes:
-                done = session.execute(
-                    sa.update(ImageRecord)
-                    .where(ImageRecord.id == number, ImageRecord.state == "claimed", ImageRecord.claimed_by == worker)
-                    .values(**values, claimed_by=None, claimed_until=None, updated_at=utc_now())
-                )
-                written += affected(done)
-        return written
+        moment = utc_now()
+        by_columns: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for number, values in outcomes:
+            written = {**values, "claimed_by": None, "claimed_until": None, "updated_at": moment}
+            if values.get("state", "pending") != "pending":
+                written["lost_claims"] = 0
+            by_columns.setdefault(tuple(written), []).append({"finished": number, **written})
+        tries = count()
+
+        def attempt() -> int:
+            done = 0
+            again = next(tries)
+            with self.session() as session:
+                for columns, rows in by_columns.items():
+                    statement = (
+                        sa.update(IMAGES)
+                        .where(*_claimed_by(worker), IMAGES.c.id == sa.bindparam("finished"))
+                        .values({name: sa.bindparam(name) for name in columns})
+                    )
+                    done += affected(session.connection().execute(statement, rows))
+                    if again:  # the first answer may have been lost, not the work: its moment tells
+                        ids = [row["finished"] for row in rows]
+                        query = sa.select(sa.func.count()).where(
+                            IMAGES.c.id.in_(ids), IMAGES.c.state != "claimed", IMAGES.c.updated_at == moment
+                        )
+                        done = max(done, session.scalar(query) or 0)
+            return done
+
+        return self.retried(attempt)
+
+
+def known_revisions() -> list[str]:
+    """The revisions of the schema, oldest first."""
+    versions = Path(__file__).parent / "migrations" / "versions"
+    return sorted(file.name.partition("_")[0] for file in versions.glob("[0-9]*_*.py"))
+
+
+def alembic_config(connection: sa.Connection) -> Any:
+    """How Alembic finds our migrations, and the connection that they run on."""
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.attributes["connection"] = connection
+    return config
+
+
+def _claimed_by(worker: str) -> tuple[sa.ColumnElement[bool], ...]:
+    return ImageRecord.state == "claimed", ImageRecord.claimed_by == worker
 
 
 def _passes(error: Unavailable) -> bool:
     """Whether the fault behind it may be gone in a moment."""
-    fault = getattr(error.__cause__, "orig", None)
-    return fault is not None and bool(fault.args) and fault.args[0] in PASSING
+    return _fault_code(error.__cause__) in PASSING
 
 
 def affected(result: sa.Result[Any]) -> int:
@@ -664,6 +1022,17 @@ def _is_dead(worker: str) -> bool:
     if not Path("/proc").is_dir():
         return False
     return _started(int(rest)) != worker.rpartition(":")[2]
+
+
+def _lock_name(connection: sa.Connection, lock: str, name: str, timeout: float) -> None:
+    """Take a lock of the server, waiting in pieces that are shorter than the connection's read timeout."""
+    deadline = time.monotonic() + timeout
+    while True:
+        wait = min(max(deadline - time.monotonic(), 0), 10)
+        if connection.scalar(sa.text("SELECT GET_LOCK(:lock, :wait)"), {"lock": lock, "wait": wait}):
+            return
+        if time.monotonic() >= deadline:
+            raise Conflict(f"Another process is busy with {name}.", hint="Try again when it has finished.")
 
 
 def _lock_file(handle: int, name: str, timeout: float) -> None:
@@ -713,49 +1082,84 @@ def _is_text(value: str) -> bool:
     return value.isprintable() and "\ufffd" not in value
 
 
-def _rows_of(file: Path) -> Iterator[tuple[int, str, str]]:
-    """(line, url, label) of each row of a file."""
-    if not file.is_file():
-        raise InputError(f"There is no file {file}.", hint="Name a .csv, .parquet or .jsonl file.")
-    if file.suffix == ".csv":
-        with file.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
-            reader = csv.DictReader(stream)
-            _need_columns(file, reader.fieldnames or [])
-            while True:
-                try:
-                    row = next(reader)
-                except StopIteration:
-                    return
-                except csv.Error:  # such as a field of more than 128 kB: a row that is no row
-                    row = {}
-                yield reader.line_num, row.get("url") or "", row.get("label") or ""
-    elif file.suffix == ".jsonl":
-        with file.open(encoding="utf-8", errors="replace") as stream:
-            for number, line in enumerate(stream, start=1):
-                try:
-                    parsed = json.loads(line)
-                    row = parsed if isinstance(parsed, dict) else {}
-                except ValueError:
-                    row = {"url": line.strip()}
-                yield number, str(row.get("url") or ""), str(row.get("label") or "")
-    elif file.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            table = pq.ParquetFile(file)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(f"{file.name} is not a Parquet file that can be read: {error}.") from None
-        _need_columns(file, table.schema_arrow.names)
-        number = 0
-        for batch in table.iter_batches(batch_size=IMPORT_BATCH, columns=["url", "label"]):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, str(row["url"] or ""), str(row["label"] or "")
-    else:
-        raise InputError(f"{file.name} ends in {file.suffix or 'nothing'}; expected .csv, .parquet or .jsonl.")
+def checked_source(source: str) -> str:
+    """The label source itself, when it can be one. Raises InputError."""
+    if not 1 <= len(source) <= 16 or not _is_text(source):
+        raise InputError(f"A label source has 1 to 16 printable characters; received {source[:80]!r}.")
+    return source
 
 
-def _need_columns(file: Path, names: Iterable[str]) -> None:
-    if missing := {"url", "label"} - set(names):
-        raise InputError(f"{file.name} has no column {' and no column '.join(sorted(missing))}; it has {list(names)}.")
+def _checked(row: Row) -> Row:
+    """The row, stripped, when it can be one. Raises InputError."""
+    if row.fault:
+        raise InputError(row.fault)
+    return Row(row.line, *checked_row(row.url, row.label))
+
+
+@contextmanager
+def _reject_file(target: Path) -> Iterator[Callable[[Row, str], None]]:
+    """Where rows that are not taken go, with the reason; the file exists when there are some, and then whole.
+
+    They are kept in a nameless file until the end, so that a killed import leaves nothing behind.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    rejected = 0
+    # Text that UTF-8 cannot hold is a reason for a rejection, and must not stop it.
+    nameless = partial(tempfile.TemporaryFile, "w+", newline="", encoding="utf-8", errors="backslashreplace")
+    with nameless(dir=target.parent) as kept:
+        writer = csv.writer(kept)
+        writer.writerow(("line", "url", "label", "reason"))
+
+        def reject(row: Row, reason: str) -> None:
+            nonlocal rejected
+            rejected += 1
+            writer.writerow((row.line, row.url, row.label, reason))
+
+        yield reject
+        if not rejected:
+            target.unlink(missing_ok=True)  # of an earlier import of that file
+            return
+        kept.seek(0)
+        with replaced(target) as part, part.open("w", newline="", encoding="utf-8") as stream:
+            shutil.copyfileobj(kept, stream)
+
+
+def _progress_line(report: ImportReport, seconds: float, share: float | None) -> str:
+    line = f"{report.rows:,} rows, {report.added:,} of them new, {report.rows / max(seconds, 1e-9):,.0f}/s"
+    if share:
+        line += f", {share:.0%}, about {seconds * (1 - share) / share:.0f} s left"
+    return line
+
+
+# --- the tables of others -------------------------------------------------------------------------------------------
+
+
+def _table_columns(engine: sa.Engine, table: str, names: tuple[str | None, str, str]) -> list[sa.ColumnElement[Any]]:
+    """The key, URL and label columns of a table, all of which exist. Raises InputError."""
+    inspector = sa.inspect(engine)
+    if not inspector.has_table(table):
+        there = ", ".join(sorted(inspector.get_table_names())[:20]) or "none"
+        raise InputError(f"The database has no table {table}; it has {there}.")
+    columns = {column["name"]: column for column in inspector.get_columns(table)}
+    if missing := [name for name in names if name is not None and name not in columns]:
+        raise InputError(
+            f"The table {table} has no column {' and no column '.join(missing)}; it has {', '.join(columns)}.",
+            hint="Name them with --url-column, --label-column and --key-column.",
+        )
+    primary = inspector.get_pk_constraint(table)["constrained_columns"]
+    unique = [primary, *(index["column_names"] for index in inspector.get_indexes(table) if index["unique"])]
+    unique += [constraint["column_names"] for constraint in inspector.get_unique_constraints(table)]
+    key = names[0] or (primary[0] if len(primary) == 1 else None)
+    if key is None or [key] not in unique or (key not in primary and columns[key]["nullable"]):
+        raise InputError(
+            f"The table {table} has no {'unique column ' + key if key else 'primary key of one column'}; "
+            "without a key that is unique and never NULL its rows cannot be read in a safe order.",
+            hint="Name such a column with --key-column, or export the table to a CSV file and import that.",
+        )
+    source = sa.table(sa.sql.quoted_name(table, quote=True))
+    return [sa.column(sa.sql.quoted_name(name, quote=True), _selectable=source) for name in (key, *names[1:])]
+
+
+def _fetch(engine: sa.Engine, query: sa.Select[Any], setting: str) -> Sequence[sa.Row[Any]]:
+    with database_faults(setting), engine.connect() as connection:
+        return connection.execute(query).all()

@@ -143,6 +143,11 @@ class Settings(BaseSettings):
     database_url: SecretStr = Field(
         SecretStr(""), description="Catalog: `mysql+pymysql://user:password@host/database`; empty: SQLite in home."
     )
+    import_database_url: SecretStr = Field(
+        SecretStr(""),
+        description="Database that `catalog import-table` reads: `mysql+pymysql://user:password@host/database`; "
+        "empty: the catalog's own.",
+    )
     store_url: str = Field("", description="Object store: `s3://bucket[/prefix]`; empty: a folder in home.")
     store_endpoint: str = Field("", description="Endpoint of the S3 store, such as `http://minio:9000`.")
     store_access_key: str = Field("", description="Access key of the S3 store.")

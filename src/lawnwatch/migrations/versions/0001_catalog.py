@@ -6,6 +6,8 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
 
+from lawnwatch.migrations import create_index
+
 revision = "0001"
 down_revision = None
 branch_labels = None
@@ -66,9 +68,9 @@ def upgrade() -> None:
         if_not_exists=True,
         **TABLE,
     )
-    _index("ix_images_state_id", "images", "state", "id")
-    _index("ix_images_sha256", "images", "sha256")
-    _index("ix_images_group_id", "images", "group_id")
+    create_index("ix_images_state_id", "images", "state", "id")
+    create_index("ix_images_sha256", "images", "sha256")
+    create_index("ix_images_group_id", "images", "group_id")
     op.create_table(
         "label_history",
         sa.Column("id", NUMBER, autoincrement=True, nullable=False),
@@ -82,7 +84,7 @@ def upgrade() -> None:
         if_not_exists=True,
         **TABLE,
     )
-    _index("ix_label_history_image_id", "label_history", "image_id")
+    create_index("ix_label_history_image_id", "label_history", "image_id")
     op.create_table(
         "snapshots",
         sa.Column("id", sa.CHAR(64), nullable=False),
@@ -93,15 +95,9 @@ def upgrade() -> None:
         if_not_exists=True,
         **TABLE,
     )
-    _index("ix_snapshots_created_at", "snapshots", "created_at")
-
-
-def _index(name: str, table: str, *columns: str) -> None:
-    """MySQL commits each statement, so a migration that was killed finds some of its work done."""
-    if name not in {index["name"] for index in sa.inspect(op.get_bind()).get_indexes(table)}:
-        op.create_index(name, table, list(columns))
+    create_index("ix_snapshots_created_at", "snapshots", "created_at")
 
 
 def downgrade() -> None:
     for table in ("snapshots", "label_history", "images", "labels"):
-        op.drop_table(table)
+        op.drop_table(table, if_exists=True)

@@ -4,6 +4,8 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
 
+from lawnwatch.migrations import create_index
+
 revision = "0002"
 down_revision = "0001"
 branch_labels = None
@@ -35,10 +37,11 @@ def upgrade() -> None:
         sa.Column("sharpness", sa.Float(53)),
         sa.Column("embedding", sa.LargeBinary(8192)),
         sa.Column("total_ms", sa.Float(53), nullable=False),
+        if_not_exists=True,
     )
-    op.create_index("ix_predictions_created_at", "predictions", ["created_at"])
-    op.create_index("ix_predictions_label_id", "predictions", ["label", "id"])
+    create_index("ix_predictions_created_at", "predictions", "created_at")
+    create_index("ix_predictions_label_id", "predictions", "label", "id")
 
 
 def downgrade() -> None:
-    op.drop_table("predictions")
+    op.drop_table("predictions", if_exists=True)

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from alembic import op
 
 from lawnwatch.catalog import UtcDateTime
+from lawnwatch.migrations import create_index
 
 revision = "0003"
 down_revision = "0002"
@@ -31,8 +32,9 @@ def upgrade() -> None:
         sa.Column("evaluation", sa.JSON(), nullable=False),
         sa.Column("created_at", UtcDateTime(), nullable=False),
         sa.UniqueConstraint("run_id", "champion_version", "policy", name="uq_verdicts_question"),
+        if_not_exists=True,
     )
-    op.create_index("ix_verdicts_run_id", "verdicts", ["run_id"])
+    create_index("ix_verdicts_run_id", "verdicts", "run_id")
     op.create_table(
         "champion",
         sa.Column("model_name", sa.String(120), primary_key=True),
@@ -42,6 +44,7 @@ def upgrade() -> None:
         sa.Column("snapshot", sa.String(64), nullable=False),
         sa.Column("previous_version", sa.Integer(), nullable=False),
         sa.Column("updated_at", UtcDateTime(), nullable=False),
+        if_not_exists=True,
     )
     op.create_table(
         "promotions",
@@ -55,11 +58,12 @@ def upgrade() -> None:
         sa.Column("snapshot", sa.String(64), nullable=False),
         sa.Column("reason", sa.Text(), nullable=False),
         sa.Column("created_at", UtcDateTime(), nullable=False),
+        if_not_exists=True,
     )
-    op.create_index("ix_promotions_model_name", "promotions", ["model_name"])
+    create_index("ix_promotions_model_name", "promotions", "model_name")
 
 
 def downgrade() -> None:
-    op.drop_table("promotions")
-    op.drop_table("champion")
-    op.drop_table("verdicts")
+    op.drop_table("promotions", if_exists=True)
+    op.drop_table("champion", if_exists=True)
+    op.drop_table("verdicts", if_exists=True)

@@ -31,8 +31,9 @@ def upgrade() -> None:
         sa.Column("started_at", MOMENT, nullable=False),
         sa.Column("finished_at", MOMENT),
         sa.UniqueConstraint("active", name="uq_rollouts_active"),
+        if_not_exists=True,
     )
 
 
 def downgrade() -> None:
-    op.drop_table("rollouts")
+    op.drop_table("rollouts", if_exists=True)
