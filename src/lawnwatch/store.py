@@ -259,7 +259,7 @@ class LocalStore:
             if key.endswith("/"):
                 if (key.startswith(prefix) or prefix.startswith(key)) and not name.startswith("."):
                     yield from self._walk(key[:-1], prefix)
-            elif key.startswith(prefix) and _KEY.fullmatch(key):
+            elif key.startswith(prefix) and _KEY.fullmatch(key) and entries[name].is_file():
                 with suppress(FileNotFoundError):  # deleted while the list was made
                     yield ObjectInfo(key, entries[name].stat().st_size)
 
@@ -357,10 +357,15 @@ class S3Store:
                 "LAWNWATCH_STORE_ENDPOINT holds a user or password.",
                 hint="Give those in LAWNWATCH_STORE_ACCESS_KEY and LAWNWATCH_STORE_SECRET_KEY.",
             )
-        if not bucket or not address.netloc:
+        if address.scheme not in ("http", "https") or not address.netloc or address.path.strip("/"):
             raise SettingsError(
-                f"LAWNWATCH_STORE_URL needs a bucket and LAWNWATCH_STORE_ENDPOINT a host; received bucket {bucket!r} "
-                f"and endpoint {endpoint!r}."
+                "LAWNWATCH_STORE_ENDPOINT must be http:// or https:// and a host, without a path; "
+                f"received {endpoint!r}.",
+                hint="The bucket belongs into LAWNWATCH_STORE_URL.",
+            )
+        if not bucket:
+            raise SettingsError(
+                "LAWNWATCH_STORE_URL names no bucket.", hint="Set it to s3://bucket or s3://bucket/prefix."
             )
         self.bucket = bucket
         self.prefix = f"{prefix}/" if prefix else ""
@@ -418,7 +423,7 @@ class S3Store:
         name = self._name(key)
         with _source(key, data) as stream:
             digest = hashlib.file_digest(cast(Any, stream), "sha256").digest()
-            size = stream.tell()
+            size = stream.seek(0, io.SEEK_END)
             stream.seek(0)
             _verify(key, digest.hex(), sha256)
             if if_absent and size > PART_BYTES and (found := self.stat(key)) is not None:
@@ -558,7 +563,12 @@ class S3Store:
         if code in ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
             return SettingsError(
                 f"The store at {self.endpoint} refused the keys ({code}).",
-                hint="Check LAWNWATCH_STORE_ACCESS_KEY and LAWNWATCH_STORE_SECRET_KEY.",
+                hint="Check LAWNWATCH_STORE_ACCESS_KEY, LAWNWATCH_STORE_SECRET_KEY and this machine's clock.",
+            )
+        if code == "InvalidBucketName":
+            return SettingsError(
+                f"The store at {self.endpoint} says that {self.bucket!r} cannot be a bucket's name.",
+                hint="Check LAWNWATCH_STORE_URL.",
             )
         if code == "AuthorizationHeaderMalformed":
             return SettingsError(
