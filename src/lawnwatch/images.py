@@ -2,13 +2,15 @@
 
 JPEG, PNG and WebP are read; everything else is refused whatever its name says. Size is decided from the header, before
 a pixel is decoded. EXIF orientation is honoured; CMYK becomes RGB; alpha lies on white; 16-bit grey is scaled; of an
-animation the first frame counts; a truncated file is refused.
+animation or a camera's multi-picture JPEG the first frame counts; a colour profile is not applied; a truncated file
+is refused.
 """
 
 from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from lawnwatch.errors import ImageError, ImageTooLarge, UnsupportedMedia
 
@@ -49,6 +51,11 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+# A PNG of 64 kB may hold 64 MB of compressed remarks, which nobody reads here.
+PngImagePlugin.MAX_TEXT_MEMORY = 4 << 20
+# Pillow warns of every odd EXIF tag, and a hostile picture has thousands; `warnings` keeps each text for good.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 Rgb = NDArray[np.uint8]
 
@@ -93,7 +100,7 @@ def inspect_and_decode(
     """`inspect` and `decode` with one look at the header; see there."""
     with _opened(data, max_pixels=max_pixels, max_bytes=max_bytes) as image:
         info = _info(image, data)
-        if size is not None and image.format == "JPEG":
+        if size is not None and info.format == "JPEG":
             # draft may change the mode too; CMYK has no scaled RGB decode and is left as it is.
             image.draft("RGB" if image.mode in ("RGB", "YCbCr") else image.mode, (size, size))
         image.load()
@@ -151,7 +158,9 @@ def _opened(data: bytes, *, max_pixels: int, max_bytes: int | None) -> Iterator[
 
 
 def _info(image: Image.Image, data: bytes) -> ImageInfo:
-    return ImageInfo(str(image.format), image.width, image.height, len(data))
+    # MPO, of some cameras and phones: a JPEG with further JPEGs behind it, which Pillow calls by a name of its own.
+    name = "JPEG" if image.format == "MPO" else str(image.format)
+    return ImageInfo(name, image.width, image.height, len(data))
 
 
 def _oriented(image: Image.Image) -> Image.Image:
