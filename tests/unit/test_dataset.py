@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections import Counter, defaultdict
 from dataclasses import asdict
 from pathlib import Path
@@ -272,32 +273,103 @@ def test_snapshots_by_their_beginning(lawn: Lawn) -> None:
             dataset.load_snapshot(lawn.catalog, lawn.store, wrong)
 
 
-def test_images_come_from_a_verified_cache(lawn: Lawn, tmp_path: Path) -> None:
-    lawn.fill(6)
-    snapshot, cache = lawn.snapshot(), tmp_path / "cache"
-    row = snapshot.rows[0]
-    data = dataset.read_image(lawn.store, row, cache)
-    assert hashlib.sha256(data).hexdigest() == row.sha256
-    (cached,) = (path for path in cache.rglob("*") if path.is_file())
-    cached.write_bytes(b"altered")
-    assert dataset.read_image(lawn.store, row, cache) == data, "an altered copy is fetched anew"
-    lawn.store.put(row.object_key, b"altered")
-    assert dataset.read_image(lawn.store, row, cache) == data, "the cache serves while the store is wrong"
-    with pytest.raises(IntegrityError):
-        dataset.read_image(lawn.store, row, tmp_path / "other")
+# --- pictures -------------------------------------------------------------------------------------------------------
 
 
-def test_images_are_decoded_as_serving_decodes(lawn: Lawn, tmp_path: Path) -> None:
+def keep(store: LocalStore, *contents: bytes) -> list[tuple[str, str]]:
+    """Store objects; (key, SHA-256) of each."""
+    found = [(f"images/{hashlib.sha256(data).hexdigest()}", hashlib.sha256(data).hexdigest()) for data in contents]
+    for (key, _), data in zip(found, contents, strict=True):
+        store.put(key, data)
+    return found
+
+
+def test_a_cached_copy_is_verified_at_every_reading(tmp_path: Path) -> None:
+    store, cache = LocalStore(tmp_path / "store"), dataset.ObjectCache(tmp_path / "cache", 10**6)
+    ((key, sha),) = keep(store, b"picture")
+    assert cache.read(store, key, sha) == b"picture"
+    (copy,) = (tmp_path / "cache").glob("*/*")
+    copy.write_bytes(b"altered")
+    assert cache.read(store, key, sha) == b"picture" == copy.read_bytes(), "a rotten copy is fetched anew"
+    store.put(key, b"altered")
+    assert cache.read(store, key, sha) == b"picture", "the cache serves while the store is wrong"
+    with pytest.raises(IntegrityError, match=key):
+        dataset.ObjectCache(tmp_path / "other", 10**6).read(store, key, sha)
+    assert not list((tmp_path / "other").glob("*/*"))
+
+
+def test_the_least_recently_used_copies_go_first(tmp_path: Path) -> None:
+    store, cache = LocalStore(tmp_path / "store"), dataset.ObjectCache(tmp_path / "cache", 100_000)
+    objects = keep(store, *(bytes([number]) * 5_000 for number in range(20)))
+    for number, (key, sha) in enumerate(objects):
+        cache.read(store, key, sha)
+        os.utime(tmp_path / "cache" / sha[:2] / sha, (1_000_000 + number,) * 2)
+    cache.read(store, *objects[0])  # used just now
+    (tmp_path / "cache" / "00").mkdir(exist_ok=True)
+    left = tmp_path / "cache" / "00" / ".part-left by a killed process"
+    left.write_bytes(b"half")
+    os.utime(left, (1_000_000,) * 2)
+    for key, sha in keep(store, b"a" * 5_000, b"b" * 5_000):
+        cache.read(store, key, sha)
+    there = {path.name for path in (tmp_path / "cache").glob("*/*")}
+    assert objects[0][1] in there and objects[1][1] not in there and objects[19][1] in there
+    assert left.name not in there
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/*")) <= 100_000
+
+
+def test_no_cache_and_no_room_for_one_are_no_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = LocalStore(tmp_path / "store")
+    ((key, sha), (large, large_sha)) = keep(store, b"picture", b"p" * 2_000)
+    none = dataset.ObjectCache(tmp_path / "none", 0)
+    assert none.read(store, key, sha) == b"picture" and not (tmp_path / "none").exists()
+    small = dataset.ObjectCache(tmp_path / "small", 1_000)
+    assert small.read(store, large, large_sha) and not (tmp_path / "small").exists()
+    (tmp_path / "file").write_text("a file where the folder should be")
+    for _ in range(2):
+        broken = dataset.ObjectCache(tmp_path / "file", 10**6)
+        assert broken.read(store, key, sha) == b"picture" and broken.read(store, key, sha) == b"picture"
+
+
+def test_the_stream_gives_what_serving_sees_in_an_order_that_the_seed_decides(lawn: Lawn, tmp_path: Path) -> None:
     lawn.fill(6)
-    snapshot = lawn.snapshot()
-    found = list(
-        dataset.images(
-            snapshot.rows[:4], lawn.store, tmp_path / "cache", classes=snapshot.classes, size=96, max_pixels=10**6
-        )
-    )
-    assert [snapshot.classes[label] for _, label in found] == [row.label for row in snapshot.rows[:4]]
-    expected = images.decode(lawn.store.get(snapshot.rows[0].object_key), size=96, max_pixels=10**6)
-    assert np.array_equal(found[0][0], expected)
+    snapshot, cache = lawn.snapshot(), dataset.ObjectCache(tmp_path / "cache", 10**9)
+
+    def read(seed: int | None) -> tuple[list[bytes], list[int]]:
+        found = dataset.stream(
+            snapshot.rows, lawn.store, cache, classes=snapshot.classes, size=96, max_pixels=10**6, batch=5,
+            shuffle_seed=seed,
+        )  # fmt: skip
+        assert found.element_spec[0].shape.as_list() == [None, 96, 96, 3]
+        batches = list(found.as_numpy_iterator())
+        assert [len(labels) for _, labels in batches] == [5, 5, 2]
+        assert {(str(p.dtype), str(n.dtype)) for p, n in batches} == {("uint8", "int32")}
+        return [p.tobytes() for pictures, _ in batches for p in pictures], [int(n) for _, ns in batches for n in ns]
+
+    expected = [
+        images.decode(lawn.store.get(row.object_key), size=96, max_pixels=10**6).tobytes() for row in snapshot.rows
+    ]
+    pictures, labels = read(None)
+    assert pictures == expected
+    assert [snapshot.classes[number] for number in labels] == [row.label for row in snapshot.rows]
+    shuffled, of_shuffled = read(7)
+    assert (shuffled, of_shuffled) == read(7) and shuffled != read(8)[0] and shuffled != expected
+    assert sorted(zip(shuffled, of_shuffled, strict=True)) == sorted(zip(pictures, labels, strict=True))
+
+
+def test_a_picture_that_cannot_be_read_is_said_as_what_it_is(lawn: Lawn, tmp_path: Path) -> None:
+    lawn.fill(6)
+    snapshot, cache = lawn.snapshot(), dataset.ObjectCache(tmp_path / "cache", 10**9)
+    lawn.store.delete(snapshot.rows[7].object_key)
+    with pytest.raises(NotFound, match=snapshot.rows[7].object_key):
+        list(
+            dataset.batches(
+                snapshot.rows, lawn.store, cache, classes=snapshot.classes, batch=4,
+                prepare=lambda row, data: np.frombuffer(data[:3], np.uint8),
+            )
+        )  # fmt: skip
+
+
+# --- duplicates -----------------------------------------------------------------------------------------------------
 
 
 def test_near_pairs_are_those_of_the_slow_way() -> None:
