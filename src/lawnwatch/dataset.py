@@ -627,8 +627,9 @@ def _describe(usable: list[_Record], quarantined: int, made_by: dict[str, Any]) 
 def _id_of(rows: list[Row]) -> str:
     """What training reads of the rows, hashed: pictures, labels and splits, in order of SHA-256."""
     digest = hashlib.sha256(f"snapshot {FORMAT}\n".encode())
+    encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make one for every row
     for row in rows:
-        digest.update(json.dumps([row.sha256, row.label, row.split, row.group], ensure_ascii=False).encode() + b"\n")
+        digest.update(encode([row.sha256, row.label, row.split, row.group]).encode() + b"\n")
     return digest.hexdigest()
 
 
