@@ -27,7 +27,7 @@ from pydantic import BaseModel
 from lawnwatch import __version__, log
 from lawnwatch.catalog import Catalog
 from lawnwatch.config import Settings, get_settings
-from lawnwatch.errors import NOTHING_TO_DO, InputError, LawnwatchError
+from lawnwatch.errors import NOTHING_TO_DO, InputError, IntegrityError, LawnwatchError
 from lawnwatch.store import ObjectStore, open_store
 
 app = typer.Typer(
@@ -197,11 +197,25 @@ def ingest_command(
 
 
 @snapshot_app.command("create", epilog="Example: lawnwatch snapshot create")
-def snapshot_create() -> None:
-    """Freeze what is stored now as a snapshot. Exit code 99 when a snapshot already holds exactly that."""
+def snapshot_create(
+    new_to_test: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=0.99,
+            help="Share of the images like none before that join the test split. A deliberate act, recorded with the "
+            "snapshot: without it that split never grows, and figures on it stay comparable.",
+        ),
+    ] = 0.0,
+) -> None:
+    """Freeze what is stored now as a snapshot. Exit code 99 when a snapshot already holds exactly that.
+
+    An image keeps its split for life. Copies and resizings follow the image they resemble; other new images go to
+    train or validation; copies that carry different labels, and images that resemble two splits, are quarantined.
+    """
     from lawnwatch import dataset
 
-    snapshot = dataset.create_snapshot(*opened())
+    snapshot = dataset.create_snapshot(*opened(), new_to_test=new_to_test)
     emit(snapshot.summary(), exit_code=0 if snapshot.created else NOTHING_TO_DO)
 
 
@@ -217,11 +231,38 @@ def snapshot_list() -> None:
 def snapshot_show(
     snapshot: Annotated[str, typer.Argument(help="Id, the beginning of one, or `latest`.")] = "latest",
 ) -> None:
-    """One snapshot: its classes, its splits and how many images each holds."""
+    """One snapshot: its classes, its splits, what made it, and what is quarantined now and why."""
     from lawnwatch import dataset
 
     _, catalog, store = opened()
-    emit(dataset.load_snapshot(catalog, store, snapshot).summary())
+    emit(dataset.show_snapshot(catalog, store, snapshot))
+
+
+@snapshot_app.command("diff", epilog="Example: lawnwatch snapshot diff 3f2a latest")
+def snapshot_diff(
+    one: Annotated[str, typer.Argument(help="The older snapshot: id, the beginning of one, or `latest`.")],
+    other: Annotated[str, typer.Argument(help="The newer one.")] = "latest",
+) -> None:
+    """What changed between two snapshots: images added, removed, relabelled or moved, and the counts of both."""
+    from lawnwatch import dataset
+
+    _, catalog, store = opened()
+    emit(dataset.diff_snapshots(catalog, store, one, other))
+
+
+@snapshot_app.command("verify", epilog="Example: lawnwatch snapshot verify latest --pixels")
+def snapshot_verify(
+    snapshot: Annotated[str, typer.Argument(help="Id, the beginning of one, or `latest`.")] = "latest",
+    pixels: Annotated[
+        bool, typer.Option("--pixels", help="Also decode every image and look for the same picture in two splits.")
+    ] = False,
+) -> None:
+    """Prove a snapshot: its hash, every object's SHA-256, and that nothing leaks between splits. Exit code 4 if not."""
+    from lawnwatch import dataset
+
+    settings, catalog, store = opened()
+    report = dataset.verify_snapshot(settings, catalog, store, snapshot, pixels=pixels, progress=progress)
+    emit(report, exit_code=0 if report["ok"] else IntegrityError.exit_code)
 
 
 # --- train, evaluate, model ---------------------------------------------------------------------------------

@@ -6,33 +6,65 @@ life: a picture, its copies and its resizings (the duplicate group) share one, r
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
 import os
+import sys
 import tempfile
+import threading
+import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime, timedelta
+from functools import partial
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
+from sqlalchemy.dialects import mysql
 
-from lawnwatch import images as pictures
-from lawnwatch.catalog import Catalog, ImageRecord, SnapshotRecord, utc_now
+from lawnwatch import __version__, images, log
+from lawnwatch.catalog import Catalog, ImageRecord, Label, SnapshotRecord, affected, utc_now
 from lawnwatch.config import DataSettings, Settings
-from lawnwatch.errors import DataError, IntegrityError, NotFound
-from lawnwatch.store import ObjectStore
+from lawnwatch.errors import Conflict, DataError, ImageError, InputError, IntegrityError, NotFound, Unavailable
+from lawnwatch.store import ObjectStore, sha256_of
 
 SPLITS = ("train", "validation", "test")
 FORMAT = 1
+JUDGED = ("label_conflict:", "split_bridge:")  # the quarantines that are judged here, anew each time
+ATTEMPTS = 5
+READ_BATCH = 5_000
+WRITE_BATCH = 5_000
+NEAR_KEPT = 1_000
+PAIRS_AT_ONCE = 1_000_000
+MANIFEST_BATCH = 10_000
+NAMED = 3  # in a sentence
+LISTED = 20  # in a report
+PARALLEL = 8  # objects read at once: a store answers in milliseconds, decoding takes two cores
+READ_AT_ONCE = 256
+THUMBNAIL = 16  # side in pixels
+FLAT = 2.0  # standard deviation of a thumbnail, grey levels of 255, below which it shows nothing
+LOOK_ALIKE = 0.99
+COMPARED_AT_ONCE = 4_000
+PART = ".part-"
+PART_SECONDS = 3600
+RESCAN_SHARE = 0.05
+FREED_SHARE = 0.1
+ALTERED = "Restore the store from a backup, or make a new snapshot with `lawnwatch snapshot create`."
+
+logger = log.get(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One picture of a snapshot."""
 
@@ -57,16 +89,21 @@ class Snapshot:
         classes: class names, sorted; a label's index here is its class number.
         counts: pictures by split and class.
         samples: True when any picture is a drawn sample, not a photograph.
+        quarantined: records that were set aside when it was made: label conflicts and split bridges.
+        manifest_sha256: of the manifest in the store.
+        made_by: program, commit and Airflow run that made it, and the share of new pictures it sent to the test split.
         created: False when it was there already.
     """
 
     id: str
-    created_at: str
+    created_at: datetime
     classes: list[str]
     counts: dict[str, dict[str, int]]
     samples: bool
     rows: list[Row] = field(repr=False)
     quarantined: int = 0
+    manifest_sha256: str = ""
+    made_by: dict[str, Any] = field(default_factory=dict)
     created: bool = False
 
     def split(self, name: str) -> list[Row]:
@@ -80,12 +117,14 @@ class Snapshot:
         return {
             "snapshot": self.id,
             "created": self.created,
-            "created_at": self.created_at,
+            "created_at": self.created_at.isoformat(),
             "images": len(self.rows),
             "classes": self.classes,
             "counts": self.counts,
             "quarantined": self.quarantined,
             "samples": self.samples,
+            "manifest_sha256": self.manifest_sha256,
+            "made_by": self.made_by,
             "message": f"{new} {self.id[:12]}: {len(self.rows)} images of {', '.join(self.classes)} ({sizes})"
             + (f"; {self.quarantined} quarantined" if self.quarantined else "")
             + ("; drawn samples, not photographs" if self.samples else "")
@@ -93,165 +132,446 @@ class Snapshot:
         }
 
 
-# --- creating -------------------------------------------------------------------------------------------------------
+# --- judging what is stored -----------------------------------------------------------------------------------------
 
 
-def create_snapshot(settings: Settings, catalog: Catalog, store: ObjectStore) -> Snapshot:
-    """Freeze what is stored now.
+@dataclass(frozen=True)
+class Settled:
+    """What the stored pictures are to each other.
 
-    New duplicate groups get their split, pictures that contradict each other are quarantined, the manifest is written
-    to the store, and only then the snapshot is recorded. The same stored images give the same snapshot, unchanged.
+    Attributes:
+        images: records whose picture may be used.
+        groups: duplicate groups of these.
+        label_conflicts: records quarantined because copies of their picture carry different labels.
+        split_bridges: records quarantined because they resemble pictures of different splits.
+        near_duplicates: SHA-256 of two pictures that resemble each other and are not the same bytes; at most 1,000.
+    """
+
+    images: int
+    groups: int
+    label_conflicts: int
+    split_bridges: int
+    near_duplicates: list[tuple[str, str]] = field(repr=False)
+
+
+@dataclass(slots=True)
+class _Record:
+    """An image record as it was read (`read`), and what it is judged to be."""
+
+    id: int
+    sha256: str
+    phash: int
+    label_id: int
+    label: str
+    sample: bool
+    state: str
+    reason: str | None
+    group: str | None
+    split: str | None
+    object_key: str
+    url: str
+    width: int
+    height: int
+    bytes: int | None
+    brightness: float
+    sharpness: float
+    read: tuple[str, str | None, str | None, str | None] = ("", None, None, None)
+
+    @property
+    def judgement(self) -> tuple[str, str | None, str | None, str | None]:
+        return self.state, self.reason, self.group, self.split
+
+
+def settle(settings: Settings, catalog: Catalog) -> Settled:
+    """Judge all stored pictures anew: who is a copy of whom, whose labels contradict each other, who bridges splits.
+
+    Recorded are the duplicate groups, the split of newcomers to a group that has one, and the quarantines; a quarantine
+    ends when its cause does. Pictures like none before get their split with the first snapshot that holds them.
 
     Raises:
-        DataError: nothing stored, fewer than two classes, or a class with too few images; nothing is written.
-        Unavailable: database or store do not answer; a re-run goes on where it stopped.
+        Conflict: another process is busy with a snapshot, or the records kept changing meanwhile.
+        Unavailable: the database does not answer; nothing is recorded.
     """
     with catalog.exclusive("snapshot"):
-        with catalog.session() as session:
-            records = list(
-                session.scalars(
-                    sa.select(ImageRecord)
-                    .where(
-                        sa.or_(
-                            ImageRecord.state == "stored",
-                            # Judged anew each time: a correction frees all copies, another copy must not slip through.
-                            sa.and_(
-                                ImageRecord.state == "quarantined", ImageRecord.reason.startswith("label_conflict:")
-                            ),
-                        )
-                    )
-                    .order_by(ImageRecord.sha256, ImageRecord.id)
+        return _settle(settings, catalog)[1]
+
+
+def _settle(settings: Settings, catalog: Catalog, fresh: _Fresh | None = None) -> tuple[list[_Record], Settled]:
+    """Read, judge without holding a lock, and record it in one transaction if it still is what was read."""
+    for _ in range(ATTEMPTS):
+        records = catalog.retried(lambda: _read(catalog))
+        settled = _judge(records, settings.data)
+        lacking: DataError | None = None
+        if fresh is not None:
+            try:
+                _must_suffice(_usable(records), settings.data)
+                _split_fresh(records, settings.data, fresh)
+            except DataError as error:
+                lacking = error  # said after the quarantines are recorded: they may be what is lacking
+        if catalog.retried(partial(_record, catalog, records)):
+            if lacking is not None:
+                raise lacking
+            return records, settled
+    raise Conflict("The image records kept changing while they were judged.", hint="Run the same command again.")
+
+
+def _read(catalog: Catalog) -> list[_Record]:
+    """Every record whose picture is stored, or that once got a split: it speaks for its group for ever."""
+    image = ImageRecord
+    judged = sa.and_(image.state == "quarantined", sa.or_(*(image.reason.startswith(reason) for reason in JUDGED)))
+    query = (
+        sa.select(
+            image.id, image.sha256, image.phash, image.label_id, image.label_source, image.state, image.reason,
+            image.group_id, image.split, image.object_key, image.url, image.width, image.height, image.bytes,
+            image.brightness, image.sharpness,
+        )
+        .where(sa.or_(image.state == "stored", judged, image.split.is_not(None)), image.sha256.is_not(None))
+        .order_by(image.sha256, image.id)
+    )  # fmt: skip
+    records = []
+    with catalog.session() as session:
+        names = dict(session.execute(sa.select(Label.id, Label.name)).all())
+        for row in session.execute(query.execution_options(yield_per=READ_BATCH)):
+            state, reason = str(row.state), row.reason
+            if state == "quarantined" and (reason or "").startswith(JUDGED):
+                # Judged anew each time: a correction frees all copies, and another copy must not slip through.
+                state, reason = "stored", None
+            records.append(
+                _Record(
+                    id=row.id,
+                    sha256=row.sha256,
+                    phash=int(row.phash or "0", 16),
+                    label_id=row.label_id,
+                    label=names[row.label_id],
+                    sample=row.label_source == "sample",
+                    state=state,
+                    reason=reason,
+                    group=row.group_id,
+                    split=row.split and sys.intern(row.split),
+                    object_key=row.object_key or "",
+                    url=row.url,
+                    width=row.width or 0,
+                    height=row.height or 0,
+                    bytes=row.bytes,
+                    brightness=row.brightness or 0.0,
+                    sharpness=row.sharpness or 0.0,
+                    read=(sys.intern(str(row.state)), row.reason, row.group_id, row.split and sys.intern(row.split)),
                 )
             )
-            for record in records:
-                record.state, record.reason = "stored", None
-            quarantined = _settle(records, settings.data)
-            usable = [record for record in records if record.state == "stored"]
-            _must_suffice(usable, settings.data)
-            rows = _rows(usable)
-            samples = any(record.label_source == "sample" for record in usable)
-        snapshot = _describe(rows, samples, len(quarantined))
-        with catalog.session() as session:
-            known = session.get(SnapshotRecord, snapshot.id)
-        if known is not None:
-            return load_snapshot(catalog, store, snapshot.id)
-        _write(store, snapshot)
-        with catalog.session() as session:
-            session.add(SnapshotRecord(id=snapshot.id, counts=snapshot.counts, samples=samples, created_at=utc_now()))
-        return snapshot
+    return records
 
 
-def _settle(records: list[ImageRecord], settings: DataSettings) -> list[ImageRecord]:
-    """Give every record its duplicate group and split, or quarantine it; returns the quarantined ones."""
-    first_by_sha: dict[str, ImageRecord] = {}
+def _usable(records: Iterable[_Record]) -> list[_Record]:
+    return [record for record in records if record.state == "stored"]
+
+
+def _judge(records: list[_Record], settings: DataSettings) -> Settled:
+    """Give every record its duplicate group, newcomers their group's split, and quarantine what contradicts."""
+    shas = sorted({record.sha256 for record in records})
+    position = {sha: number for number, sha in enumerate(shas)}
+    hashes = np.zeros(len(shas), np.uint64)
     for record in records:
-        first_by_sha.setdefault(str(record.sha256), record)
-    shas = sorted(first_by_sha)
-    hashes = np.array([int(first_by_sha[sha].phash or "0", 16) for sha in shas], dtype=np.uint64)
-    # Pictures of one hash are joined in a star, not pair by pair: blank ones would give millions of pairs.
-    distinct, first, which = np.unique(hashes, return_index=True, return_inverse=True)
-    same = [(number, int(first[kind])) for number, kind in enumerate(which)]
-    near = [(int(first[one]), int(first[two])) for one, two in near_pairs(distinct, settings.near_duplicate_distance)]
-    groups = _components(shas, same + near)
-
-    quarantined: list[ImageRecord] = []
-
-    def quarantine(members: Iterable[ImageRecord], reason: str) -> None:
-        for record in members:
-            record.state, record.reason = "quarantined", reason
-            quarantined.append(record)
-
-    members_of: dict[str, list[ImageRecord]] = defaultdict(list)
+        hashes[position[record.sha256]] = record.phash
+    roots, near = duplicate_groups(hashes, settings.near_duplicate_distance)
+    members_of: dict[int, list[_Record]] = defaultdict(list)
     for record in records:
-        members_of[groups[str(record.sha256)]].append(record)
+        members_of[int(roots[position[record.sha256]])].append(record)
 
-    fresh: dict[str, list[ImageRecord]] = {}
     for members in members_of.values():
-        labels = sorted({record.label.name for record in members})
-        if len(labels) > 1:
-            quarantine(members, f"label_conflict: the same picture is labelled {' and '.join(labels)}")
-            continue
+        stored = _usable(members)
+        labels = sorted({record.label for record in stored})
         settled = [record for record in members if record.split is not None]
-        newcomers = [record for record in members if record.split is None]
         splits = sorted({str(record.split) for record in settled})
-        if not settled:
-            fresh[min(str(record.sha256) for record in members)] = members
+        newcomers = [record for record in stored if record.split is None]
+        if len(splits) <= 1:
+            # The smallest name that the group ever had; of two groups that a newcomer joins, too.
+            group = min((str(r.group) for r in settled if r.group), default=members[0].sha256)
+            for record in settled + newcomers:
+                record.group = group
+        if len(labels) > 1:
+            _quarantine(stored, f"label_conflict: the same picture is labelled {' and '.join(labels)}")
         elif len(splits) == 1:
-            group = min(str(record.group_id) for record in settled)
             for record in newcomers:
-                record.group_id, record.split = group, splits[0]
-        else:
-            quarantine(newcomers, f"split_bridge: resembles pictures of the splits {' and '.join(splits)}")
-    _split_fresh(fresh, {record.label.name for record in records if record.split is not None}, settings)
-    return quarantined
+                record.split = splits[0]
+        elif splits:
+            reason = f"split_bridge: resembles pictures of the splits {' and '.join(splits)}"
+            _quarantine(newcomers, reason)
+            _quarantine(_touching(settled, settings.near_duplicate_distance), reason)
+
+    usable = _usable(records)
+    reasons = Counter((record.reason or "").partition(":")[0] for record in records if record.state == "quarantined")
+    return Settled(
+        images=len(usable),
+        groups=len({record.group for record in usable}),
+        label_conflicts=reasons["label_conflict"],
+        split_bridges=reasons["split_bridge"],
+        near_duplicates=[(shas[one], shas[other]) for one, other in near],
+    )
 
 
-def _split_fresh(fresh: dict[str, list[ImageRecord]], seen: set[str], settings: DataSettings) -> None:
+def _quarantine(members: Iterable[_Record], reason: str) -> None:
+    for record in members:
+        record.state, record.reason = "quarantined", reason[:500]
+
+
+def _touching(settled: list[_Record], distance: int) -> list[_Record]:
+    """Of records that have their splits, the stored ones that must go because they resemble one of another split.
+
+    Only a picture that changed at its source, or a larger distance in the settings, brings this about. The test split
+    is kept whole before validation, validation before train.
+    """
+    hashes = np.array([record.phash for record in settled], np.uint64)
+    roots, _ = duplicate_groups(hashes, distance)
+    keeps: dict[int, int] = {}
+    for root, record in zip(roots.tolist(), settled, strict=True):
+        keeps[root] = max(keeps.get(root, 0), SPLITS.index(str(record.split)))
+    return [
+        record
+        for root, record in zip(roots.tolist(), settled, strict=True)
+        if record.state == "stored" and SPLITS.index(str(record.split)) != keeps[root]
+    ]
+
+
+@dataclass(frozen=True)
+class _Fresh:
+    """How pictures that resemble none before are split.
+
+    Attributes:
+        to_test: share of those that go to the test split although their class has one already; a deliberate act.
+    """
+
+    to_test: float = 0.0
+
+
+def _split_fresh(records: list[_Record], settings: DataSettings, rule: _Fresh) -> None:
     """Split groups seen for the first time: a class's first groups into all three, later ones never into test."""
+    seen = {record.label for record in records if record.split is not None}
+    fresh: dict[str, list[_Record]] = defaultdict(list)
+    for record in _usable(records):
+        if record.split is None:
+            fresh[str(record.group)].append(record)
     by_label: dict[str, list[str]] = defaultdict(list)
     for group, members in fresh.items():
-        by_label[members[0].label.name].append(group)
+        by_label[members[0].label].append(group)
     for label, names in by_label.items():
         names.sort(key=lambda name: hashlib.sha256(f"split:{name}".encode()).digest())
-        total = len({record.sha256 for name in names for record in fresh[name]})
-        taken = 0
+        sizes = {name: len({record.sha256 for record in fresh[name]}) for name in names}
+        total, taken = sum(sizes.values()), 0
         for name in names:
-            size = len({record.sha256 for record in fresh[name]})
             if label in seen:
                 # A share of the hash space, so that the split does not depend on what else is new today.
                 place = int.from_bytes(hashlib.sha256(f"later:{name}".encode()).digest()[:8]) / 2**64
-                split = "validation" if place < settings.validation_share / (1 - settings.test_share) else "train"
+                validation = (1 - rule.to_test) * settings.validation_share / (1 - settings.test_share)
+                split = "test" if place >= 1 - rule.to_test else "validation" if place < validation else "train"
             elif taken < settings.test_share * total:
                 split = "test"
             elif taken < (settings.test_share + settings.validation_share) * total:
                 split = "validation"
             else:
                 split = "train"
-            taken += size
+            taken += sizes[name]
             for record in fresh[name]:
-                record.group_id, record.split = name, split
+                record.split = split
 
 
-def near_pairs(hashes: NDArray[np.uint64], distance: int) -> list[tuple[int, int]]:
-    """All pairs of positions whose 64-bit hashes differ in at most `distance` bits.
+def _record(catalog: Catalog, records: list[_Record]) -> bool:
+    """Write what was judged otherwise than before, in one transaction; False, and nothing written, when a record that
+    it touches was relabelled, fetched anew or set aside since it was read."""
+    changes = [
+        {
+            "id": r.id, "was_state": r.read[0], "was_label_id": r.label_id, "was_sha256": r.sha256,
+            "state": r.state, "reason": r.reason, "group_id": r.group, "split": r.split,
+        }
+        for r in records
+        if r.judgement != r.read
+    ]  # fmt: skip
+    if not changes:
+        return True
+    with catalog.session() as session:
+        # By way of a table of this connection alone: one statement each way, where MySQL wants a round trip per UPDATE.
+        connection, new, image = session.connection(), _changes, ImageRecord
+        connection.execute(sa.schema.CreateTable(_changes, if_not_exists=True))
+        session.execute(sa.delete(new))
+        for start in range(0, len(changes), WRITE_BATCH):
+            session.execute(sa.insert(new), changes[start : start + WRITE_BATCH])
+        written = session.execute(
+            sa.update(image)
+            .where(
+                image.id == new.c.id,
+                image.state == new.c.was_state,
+                image.label_id == new.c.was_label_id,
+                image.sha256 == new.c.was_sha256,
+            )
+            .values(
+                state=new.c.state,
+                reason=new.c.reason,
+                group_id=new.c.group_id,
+                split=new.c.split,
+                updated_at=utc_now(),
+            )
+            .execution_options(synchronize_session=False)
+        )
+        session.execute(sa.delete(new))
+        whole = affected(written) == len(changes)
+        (session.commit if whole else session.rollback)()
+        return whole
 
-    The 64 bits are cut into distance + 1 bands; two hashes that near agree in at least one band, so only hashes that
-    share a band are compared (Norouzi et al., "Fast search in Hamming space with multi-index hashing", CVPR 2012).
+
+def _text(length: int) -> sa.types.TypeEngine[str]:
+    """Compared byte by byte on MySQL, whatever collation the database has."""
+    return sa.String(length).with_variant(
+        mysql.VARCHAR(length, charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb"
+    )
+
+
+_changes = sa.Table(
+    "settled_changes",
+    sa.MetaData(),
+    sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), primary_key=True, autoincrement=False),
+    sa.Column("was_state", _text(16)),
+    sa.Column("was_label_id", sa.Integer),
+    sa.Column("was_sha256", _text(64)),
+    sa.Column("state", _text(16)),
+    sa.Column("reason", _text(500)),
+    sa.Column("group_id", _text(64)),
+    sa.Column("split", _text(16)),
+    prefixes=["TEMPORARY"],
+)
+
+
+# --- duplicates -----------------------------------------------------------------------------------------------------
+
+
+def duplicate_groups(
+    hashes: NDArray[np.uint64], distance: int, *, keep: int = NEAR_KEPT
+) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
+    """Which 64-bit perceptual hashes belong together, directly or by others in between.
+
+    Args:
+        hashes: (n,) uint64.
+        distance: largest number of differing bits between two direct neighbours.
+
+    Returns:
+        (n,) int64, the smallest position of each one's group, and up to `keep` direct pairs of positions.
     """
-    edges = np.linspace(0, 64, distance + 2).astype(int)
-    pairs: set[tuple[int, int]] = set()
-    for low, high in pairwise(edges):
-        band = (hashes >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
-        order = np.argsort(band, kind="stable")
-        cuts = np.flatnonzero(np.diff(band[order])) + 1
-        for bucket in np.split(order, cuts):
-            for start, one in enumerate(bucket[:-1]):
-                others = bucket[start + 1 :]
-                near = others[np.bitwise_count(hashes[others] ^ hashes[one]) <= distance]
-                pairs.update((int(min(one, other)), int(max(one, other))) for other in near)
-    return sorted(pairs)
+    distinct, first, which = np.unique(hashes, return_index=True, return_inverse=True)
+    parent = np.arange(len(distinct))
+    # Pictures of one hash are joined in a star, not pair by pair: blank ones would give millions of pairs.
+    copies = np.flatnonzero(first[which] != np.arange(len(hashes)))[:keep]
+    kept = np.stack([first[which[copies]], copies], axis=1)
+    for pairs in near_pairs(distinct, distance):
+        _join(parent, pairs[:, 0], pairs[:, 1])
+        ends = np.sort(first[pairs], axis=1)
+        kept = np.unique(np.concatenate([kept, ends]), axis=0)[:keep]
+    smallest = np.full(len(distinct), len(hashes))
+    np.minimum.at(smallest, parent[which], np.arange(len(hashes)))
+    return smallest[parent[which]], [(int(one), int(other)) for one, other in kept]
 
 
-def _components(shas: list[str], pairs: list[tuple[int, int]]) -> dict[str, str]:
-    """Each SHA-256 to the smallest one that it is joined with, directly or by others."""
-    parent = list(range(len(shas)))
+def near_pairs(hashes: NDArray[np.uint64], distance: int) -> Iterator[NDArray[np.int64]]:
+    """All pairs of positions whose 64-bit hashes differ in at most `distance` bits, as (k, 2) arrays with one < other.
 
-    def root(node: int) -> int:
-        while parent[node] != node:
-            parent[node] = parent[parent[node]]
-            node = parent[node]
-        return node
+    The 64 bits are cut into distance + 2 bands; two hashes that near agree in two bands at least, so only hashes that
+    share two bands are compared (after Norouzi et al., "Fast search in Hamming space with multi-index hashing", CVPR
+    2012). A pair that shares more comes more than once.
+    """
+    edges = np.linspace(0, 64, distance + 3).astype(int)
+    bands = [((1 << int(high)) - 1) ^ ((1 << int(low)) - 1) for low, high in pairwise(edges)]
+    for one, other in combinations(bands, 2):
+        part = hashes & np.uint64(one | other)
+        order = np.argsort(part, kind="stable")
+        same, ordered = part[order], hashes[order]
+        left = np.arange(len(hashes))
+        found: list[NDArray[np.int64]] = []
+        size = 0
+        for step in range(1, len(hashes)):
+            left = left[left + step < len(hashes)]
+            left = left[same[left] == same[left + step]]
+            if not len(left):
+                break
+            near = left[np.bitwise_count(ordered[left] ^ ordered[left + step]) <= distance]
+            found.append(np.sort(np.stack([order[near], order[near + step]], axis=1), axis=1))
+            size += len(near)
+            if size > PAIRS_AT_ONCE:
+                yield np.concatenate(found)
+                found, size = [], 0
+        if size:
+            yield np.concatenate(found)
 
-    for one, other in pairs:
-        low, high = sorted((root(one), root(other)))
-        parent[high] = low
-    return {sha: shas[root(number)] for number, sha in enumerate(shas)}
+
+def _join(parent: NDArray[np.int64], one: NDArray[np.int64], other: NDArray[np.int64]) -> None:
+    """Unite the sets of each pair, in place; afterwards every parent is the smallest member of its set."""
+    while True:
+        low, high = np.minimum(parent[one], parent[other]), np.maximum(parent[one], parent[other])
+        apart = low != high
+        if not apart.any():
+            return
+        one, other = one[apart], other[apart]
+        np.minimum.at(parent, high[apart], low[apart])
+        while not np.array_equal(parent, grand := parent[parent]):
+            parent[:] = grand
 
 
-def _must_suffice(records: list[ImageRecord], settings: DataSettings) -> None:
-    counts = Counter({record.label.name: 0 for record in records})
-    for label, _ in {(record.label.name, record.sha256) for record in records}:
-        counts[label] += 1
+# --- creating -------------------------------------------------------------------------------------------------------
+
+
+def create_snapshot(settings: Settings, catalog: Catalog, store: ObjectStore, *, new_to_test: float = 0.0) -> Snapshot:
+    """Freeze what is stored now.
+
+    The pictures are settled (see `settle`), those that resemble none before get their split, the manifest is written
+    to the store, and only then the snapshot is recorded. The same stored images give the same snapshot, unchanged.
+
+    Args:
+        new_to_test: share of the pictures like none before that join the test split of a class that has one already.
+            The only way for that split to grow by other than copies.
+
+    Raises:
+        InputError: `new_to_test` is not a share.
+        DataError: nothing stored, fewer than two classes, or a class with too few images; no split is recorded.
+        IntegrityError: the store lacks objects, or they have another size than was recorded; no snapshot is made.
+        Conflict: another process is busy with a snapshot, or the records kept changing meanwhile.
+        Unavailable: database or store do not answer; a re-run goes on where it stopped.
+    """
+    if not 0 <= new_to_test < 1:
+        raise InputError(f"The share of new images for the test split is from 0 to below 1; received {new_to_test}.")
+    with catalog.exclusive("snapshot"):
+        records, settled = _settle(settings, catalog, _Fresh(to_test=new_to_test))
+        usable = _usable(records)
+        made_by = {
+            "program": f"lawnwatch {__version__}",
+            "git_commit": settings.git_commit,
+            "run_id": settings.run_id,
+            "new_to_test": new_to_test,
+        }
+        snapshot = _describe(usable, settled.label_conflicts + settled.split_bridges, made_by)
+        with catalog.session() as session:
+            known = session.get(SnapshotRecord, snapshot.id)
+            newest = session.scalar(sa.select(sa.func.max(SnapshotRecord.created_at)))
+        if known is not None:
+            return load_snapshot(catalog, store, snapshot.id)
+        if newest is not None:  # `latest` is the last one made, even by a machine whose clock is behind
+            snapshot = replace(snapshot, created_at=max(snapshot.created_at, newest + timedelta(microseconds=1)))
+        _must_be_stored(store, usable)
+        snapshot = _write(store, snapshot)
+        catalog.retried(partial(_announce, catalog, snapshot))
+        return snapshot
+
+
+def _announce(catalog: Catalog, snapshot: Snapshot) -> None:
+    """From here on the snapshot exists. Done twice it changes nothing: a commit's answer may be lost."""
+    with catalog.session() as session:
+        session.merge(
+            SnapshotRecord(
+                id=snapshot.id,
+                counts=snapshot.counts,
+                samples=snapshot.samples,
+                created_at=snapshot.created_at,
+            )
+        )
+
+
+def _must_suffice(usable: list[_Record], settings: DataSettings) -> None:
+    counts = Counter(label for label, _ in {(record.label, record.sha256) for record in usable})
     if len(counts) < 2:
         raise DataError(
             f"A snapshot needs images of at least two classes; stored are {', '.join(counts) or 'none'}.",
@@ -266,40 +586,40 @@ def _must_suffice(records: list[ImageRecord], settings: DataSettings) -> None:
         )
 
 
-def _rows(records: list[ImageRecord]) -> list[Row]:
+def _rows(usable: list[_Record]) -> list[Row]:
     rows: dict[str, Row] = {}
-    for record in records:  # ordered by SHA-256, then id: of copies, the first record speaks
-        rows.setdefault(
-            str(record.sha256),
-            Row(
-                sha256=str(record.sha256),
-                object_key=str(record.object_key),
-                label=record.label.name,
+    for record in usable:  # ordered by SHA-256, then id: of copies, the first record speaks
+        if record.sha256 not in rows:
+            rows[record.sha256] = Row(
+                sha256=record.sha256,
+                object_key=record.object_key,
+                label=record.label,
                 split=str(record.split),
-                group=str(record.group_id),
+                group=str(record.group),
                 url=record.url,
-                width=record.width or 0,
-                height=record.height or 0,
-                brightness=record.brightness or 0.0,
-                sharpness=record.sharpness or 0.0,
-            ),
-        )
+                width=record.width,
+                height=record.height,
+                brightness=record.brightness,
+                sharpness=record.sharpness,
+            )
     return list(rows.values())
 
 
-def _describe(rows: list[Row], samples: bool, quarantined: int) -> Snapshot:
+def _describe(usable: list[_Record], quarantined: int, made_by: dict[str, Any]) -> Snapshot:
+    rows = _rows(usable)
     classes = sorted({row.label for row in rows})
     counts = {split: dict.fromkeys(classes, 0) for split in SPLITS}
     for row in rows:
         counts[row.split][row.label] += 1
     return Snapshot(
         id=_id_of(rows),
-        created_at=utc_now().isoformat(timespec="seconds"),
+        created_at=utc_now(),
         classes=classes,
         counts=counts,
-        samples=samples,
+        samples=any(record.sample for record in usable),
         rows=rows,
         quarantined=quarantined,
+        made_by=made_by,
         created=True,
     )
 
@@ -307,36 +627,68 @@ def _describe(rows: list[Row], samples: bool, quarantined: int) -> Snapshot:
 def _id_of(rows: list[Row]) -> str:
     """What training reads of the rows, hashed: pictures, labels and splits, in order of SHA-256."""
     digest = hashlib.sha256(f"snapshot {FORMAT}\n".encode())
+    encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make one for every row
     for row in rows:
-        digest.update(json.dumps([row.sha256, row.label, row.split, row.group], ensure_ascii=False).encode() + b"\n")
+        digest.update(encode([row.sha256, row.label, row.split, row.group]).encode() + b"\n")
     return digest.hexdigest()
 
 
-def _write(store: ObjectStore, snapshot: Snapshot) -> None:
-    """The manifest first, the summary last: a summary in the store means a whole snapshot."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def _must_be_stored(store: ObjectStore, usable: list[_Record]) -> None:
+    """Every object is there and as long as it was: one listing, where a question each would take minutes.
 
-    for row in snapshot.rows:
-        if store.stat(row.object_key) is None:
-            raise IntegrityError(
-                f"The object {row.object_key} of {row.url} is missing from the store.",
-                hint=f"`lawnwatch catalog show {row.url}`; fetch it anew, or restore the store.",
-            )
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([asdict(row) for row in snapshot.rows]), buffer)
-    manifest = buffer.getvalue()
-    store.put(f"snapshots/{snapshot.id}/manifest.parquet", manifest)
-    summary = {
-        **snapshot.summary(),
-        "format": FORMAT,
-        "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
-    }
+    Whether its bytes still are what they were, `lawnwatch snapshot verify` and `lawnwatch data recheck` tell.
+    """
+    expected = {record.object_key: record for record in usable}
+    wrong: list[str] = []
+    for info in store.list("images/"):
+        record = expected.pop(info.key, None)
+        if record is not None and record.bytes is not None and record.bytes != info.size:
+            wrong.append(f"{record.url} (object of {info.size:,} bytes, {record.bytes:,} were stored)")
+    wrong += [f"{record.url} (object missing)" for record in expected.values()]
+    if wrong:
+        more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        raise IntegrityError(
+            f"The store does not hold {len(wrong)} of {len(usable)} pictures as they were stored: "
+            f"{', '.join(wrong[:NAMED])}{more}. No snapshot was made.",
+            hint="`lawnwatch data recheck` fetches them anew where their sources still have them.",
+        )
+
+
+def _write(store: ObjectStore, snapshot: Snapshot) -> Snapshot:
+    """The manifest first, the summary last: a summary in the store means a whole snapshot."""
+    prefix = f"snapshots/{snapshot.id}"
+    with tempfile.TemporaryDirectory(prefix="lawnwatch-") as folder:
+        file = Path(folder) / "manifest.parquet"
+        try:
+            _write_manifest(file, snapshot.rows)
+        except OSError as error:
+            raise Unavailable(
+                f"The manifest cannot be written on this machine: {error.strerror or error}.",
+                hint="Free space in the folder for temporary files (TMPDIR) and run the same command again.",
+            ) from error
+        digest = sha256_of(file)
+        store.put(f"{prefix}/manifest.parquet", file, sha256=digest)
+    snapshot = replace(snapshot, manifest_sha256=digest)
+    summary = {**snapshot.summary(), "format": FORMAT}
     store.put(
-        f"snapshots/{snapshot.id}/snapshot.json",
+        f"{prefix}/snapshot.json",
         json.dumps(summary, indent=1, ensure_ascii=False).encode(),
         content_type="application/json",
     )
+    return snapshot
+
+
+def _write_manifest(file: Path, rows: Sequence[Row]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = {"int": pa.int64(), "float": pa.float64(), "str": pa.string()}
+    schema = pa.schema([(column.name, kinds[str(column.type)]) for column in fields(Row)])
+    with pq.ParquetWriter(file, schema) as writer:
+        for start in range(0, len(rows), MANIFEST_BATCH):
+            batch = rows[start : start + MANIFEST_BATCH]
+            columns = [[getattr(row, name) for row in batch] for name in schema.names]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -362,8 +714,6 @@ def load_snapshot(catalog: Catalog, store: ObjectStore, snapshot: str = "latest"
         NotFound: no such snapshot, or more than one that begins so.
         IntegrityError: the manifest is not what the id says.
     """
-    import pyarrow.parquet as pq
-
     with catalog.session() as session:
         query = sa.select(SnapshotRecord).order_by(SnapshotRecord.created_at.desc()).limit(2)
         if snapshot == "latest":
@@ -380,48 +730,498 @@ def load_snapshot(catalog: Catalog, store: ObjectStore, snapshot: str = "latest"
     summary = json.loads(store.get(f"{prefix}/snapshot.json"))
     manifest = store.get(f"{prefix}/manifest.parquet")
     if hashlib.sha256(manifest).hexdigest() != summary["manifest_sha256"]:
-        raise IntegrityError(f"The manifest of snapshot {record.id[:12]} has been altered.")
-    rows = [Row(**row) for row in pq.read_table(io.BytesIO(manifest)).to_pylist()]
+        raise IntegrityError(f"The manifest of snapshot {record.id[:12]} has been altered.", hint=ALTERED)
+    rows = _read_manifest(manifest)
     if _id_of(rows) != record.id:
-        raise IntegrityError(f"The manifest of snapshot {record.id[:12]} does not give its id.")
+        raise IntegrityError(f"The manifest of snapshot {record.id[:12]} does not give its id.", hint=ALTERED)
     return Snapshot(
         id=record.id,
-        created_at=summary["created_at"],
+        created_at=record.created_at,
         classes=summary["classes"],
         counts=summary["counts"],
         samples=record.samples,
         rows=rows,
         quarantined=summary["quarantined"],
+        manifest_sha256=summary["manifest_sha256"],
+        made_by=summary.get("made_by", {}),
     )
 
 
-def read_image(store: ObjectStore, row: Row, cache_dir: Path) -> bytes:
-    """A picture's bytes, from the local cache when a true copy lies there.
+def _read_manifest(manifest: bytes) -> list[Row]:
+    import pyarrow.parquet as pq
+
+    rows: list[Row] = []
+    names = [column.name for column in fields(Row)]
+    for batch in pq.ParquetFile(io.BytesIO(manifest)).iter_batches(batch_size=MANIFEST_BATCH, columns=names):
+        columns = {name: batch.column(name).to_pylist() for name in names}
+        for name in ("label", "split"):  # a few words, said a million times
+            columns[name] = [sys.intern(word) for word in columns[name]]
+        rows += map(Row, *(columns[name] for name in names))
+    return rows
+
+
+def show_snapshot(catalog: Catalog, store: ObjectStore, snapshot: str = "latest") -> dict[str, Any]:
+    """A snapshot without its rows, and what is quarantined now, with the reasons and the first few of each.
 
     Raises:
-        NotFound: the store has no such object.
-        IntegrityError: the object is not what its SHA-256 says.
+        NotFound, IntegrityError: as `load_snapshot`.
     """
-    cached = cache_dir / row.sha256[:2] / row.sha256
-    if cached.is_file() and hashlib.sha256(data := cached.read_bytes()).hexdigest() == row.sha256:
+    found = load_snapshot(catalog, store, snapshot)
+    quarantined: dict[str, dict[str, Any]] = {}
+    with catalog.session() as session:
+        query = sa.select(ImageRecord.url, ImageRecord.reason).where(ImageRecord.state == "quarantined")
+        for url, reason in session.execute(query.order_by(ImageRecord.id)):
+            cause = (reason or "unknown").partition(":")[0]
+            entry = quarantined.setdefault(cause, {"count": 0, "first": []})
+            entry["count"] += 1
+            if entry["count"] <= LISTED:
+                entry["first"].append({"url": url, "reason": reason})
+    return {**found.summary(), "quarantined_now": quarantined}
+
+
+def diff_snapshots(catalog: Catalog, store: ObjectStore, one: str, other: str) -> dict[str, Any]:
+    """What became of the pictures between two snapshots: counts, and the first few of each kind.
+
+    Raises:
+        NotFound, IntegrityError: as `load_snapshot`.
+    """
+    old, new = load_snapshot(catalog, store, one), load_snapshot(catalog, store, other)
+    before, after = ({row.sha256: row for row in snapshot.rows} for snapshot in (old, new))
+    both = [(before[sha], row) for sha, row in after.items() if sha in before]
+
+    def listed(rows: list[Row]) -> dict[str, Any]:
+        counts: dict[str, Counter[str]] = defaultdict(Counter)
+        for row in rows:
+            counts[row.split][row.label] += 1
+        first = [{"sha256": r.sha256, "url": r.url, "label": r.label, "split": r.split} for r in rows[:LISTED]]
+        return {"count": len(rows), "counts": {split: dict(counts[split]) for split in SPLITS}, "first": first}
+
+    def changed(column: str) -> dict[str, Any]:
+        pairs = [(was, now) for was, now in both if getattr(was, column) != getattr(now, column)]
+        ways = Counter(f"{getattr(was, column)} → {getattr(now, column)}" for was, now in pairs)
+        first = [
+            {"sha256": now.sha256, "url": now.url, "from": getattr(was, column), "to": getattr(now, column)}
+            for was, now in pairs[:LISTED]
+        ]
+        return {"count": len(pairs), "counts": dict(ways), "first": first}
+
+    added = listed([row for sha, row in after.items() if sha not in before])
+    removed = listed([row for sha, row in before.items() if sha not in after])
+    relabelled, moved = changed("label"), changed("split")
+    return {
+        "from": old.id,
+        "to": new.id,
+        "counts": {"from": old.counts, "to": new.counts},
+        "added": added,
+        "removed": removed,
+        "relabelled": relabelled,
+        "moved": moved,
+        "message": f"From {old.id[:12]} to {new.id[:12]}: {added['count']} images added, {removed['count']} removed, "
+        f"{relabelled['count']} relabelled, {moved['count']} moved to another split.",
+    }
+
+
+# --- verifying ------------------------------------------------------------------------------------------------------
+
+
+class _Faults:
+    """What a verification found: how many of each kind, and the first few."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, Any]] = {}
+
+    def add(self, kind: str, what: str) -> None:
+        entry = self.found.setdefault(kind, {"count": 0, "first": []})
+        entry["count"] += 1
+        if entry["count"] <= LISTED:
+            entry["first"].append(what)
+
+    def sentence(self) -> str:
+        return ", ".join(f"{entry['count']} {kind.replace('_', ' ')}" for kind, entry in self.found.items())
+
+
+def verify_snapshot(
+    settings: Settings,
+    catalog: Catalog,
+    store: ObjectStore,
+    snapshot: str = "latest",
+    *,
+    pixels: bool = False,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Prove a snapshot against what lies in the store, object by object; the cache is not asked.
+
+    Checked are the manifest against its hash and the snapshot's id, every object against its SHA-256, that no group
+    spans two splits or two labels, and with `pixels` that no two splits hold nearly the same picture, by a measure
+    that does not know of perceptual hashes (see `look_alikes`).
+
+    Returns:
+        `ok`, `faults` by kind (`count` and the `first` few), and how much was checked.
+
+    Raises:
+        NotFound: no such snapshot. Unavailable: database or store do not answer.
+    """
+    faults = _Faults()
+    try:
+        found = load_snapshot(catalog, store, snapshot)
+    except IntegrityError as error:
+        faults.add("manifest", error.message)
+        return {"snapshot": snapshot, "ok": False, "faults": faults.found, "message": error.message}
+    progress(f"Verifying {len(found.rows):,} images of snapshot {found.id[:12]}.")
+    _verify_rows(found, faults)
+    thumbnails = _verify_objects(settings, store, found.rows, faults, pixels=pixels, progress=progress)
+    flat = 0
+    if pixels:
+        flat = int((~np.any(thumbnails, axis=1)).sum())
+        for one, other, likeness in look_alikes([row.split for row in found.rows], thumbnails, progress=progress):
+            a, b = found.rows[one], found.rows[other]
+            faults.add("look_alikes", f"{a.url} ({a.split}) and {b.url} ({b.split}), correlation {likeness:.3f}")
+    ok = not faults.found
+    return {
+        "snapshot": found.id,
+        "ok": ok,
+        "images": len(found.rows),
+        "pixels": pixels,
+        "not_comparable": flat,  # of one colour, or not readable: pixels cannot tell them apart
+        "faults": faults.found,
+        "message": f"Snapshot {found.id[:12]}: "
+        + (f"all {len(found.rows):,} images are what they were." if ok else f"faults found: {faults.sentence()}."),
+    }
+
+
+def _verify_rows(snapshot: Snapshot, faults: _Faults) -> None:
+    counts = {split: dict.fromkeys(snapshot.classes, 0) for split in SPLITS}
+    splits: dict[str, set[str]] = defaultdict(set)
+    labels: dict[str, set[str]] = defaultdict(set)
+    seen: set[str] = set()
+    for row in snapshot.rows:
+        if row.sha256 in seen:
+            faults.add("repeated_picture", f"{row.sha256} is listed twice")
+        seen.add(row.sha256)
+        splits[row.group].add(row.split)
+        labels[row.group].add(row.label)
+        counts[row.split][row.label] += 1
+    for group, names in splits.items():
+        if len(names) > 1:
+            faults.add("group_in_two_splits", f"group {group} is in {' and '.join(sorted(names))}")
+    for group, names in labels.items():
+        if len(names) > 1:
+            faults.add("group_with_two_labels", f"group {group} is labelled {' and '.join(sorted(names))}")
+    if counts != snapshot.counts:
+        faults.add("summary", "the counts in the summary are not those of the manifest")
+
+
+def _verify_objects(
+    settings: Settings,
+    store: ObjectStore,
+    rows: Sequence[Row],
+    faults: _Faults,
+    *,
+    pixels: bool,
+    progress: Callable[[str], None],
+) -> NDArray[np.float32]:
+    """Each object against its hash; the pictures' thumbnails when asked for, (n, d), zero where there is none."""
+
+    def check(row: Row) -> tuple[tuple[str, str] | None, NDArray[np.float32] | None]:
+        try:
+            data = store.get(row.object_key)
+        except NotFound:
+            return ("missing_object", f"{row.object_key} of {row.url}"), None
+        if hashlib.sha256(data).hexdigest() != row.sha256:
+            return ("altered_object", f"{row.object_key} of {row.url}"), None
+        try:
+            return None, thumbnail(data, max_pixels=settings.images.max_pixels) if pixels else None
+        except ImageError as error:
+            return ("unreadable_picture", f"{row.object_key} of {row.url}: {error.message}"), None
+
+    thumbnails = np.zeros((len(rows) if pixels else 0, THUMBNAIL**2 * 3), np.float32)
+    said = time.monotonic()
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        for start in range(0, len(rows), READ_AT_ONCE):
+            chunk = rows[start : start + READ_AT_ONCE]
+            for number, (fault, small) in enumerate(pool.map(check, chunk), start=start):
+                if fault is not None:
+                    faults.add(*fault)
+                if small is not None:
+                    thumbnails[number] = small
+            if time.monotonic() - said > 10:
+                said = time.monotonic()
+                progress(f"Verified {start + len(chunk):,} of {len(rows):,} images.")
+    return thumbnails
+
+
+def thumbnail(data: bytes, *, max_pixels: int) -> NDArray[np.float32]:
+    """A picture as (768,) float32: 16 × 16 RGB, of mean zero and length one, so that a product is a correlation.
+
+    All zero for a picture of one colour, which resembles every other such picture.
+
+    Raises:
+        ImageError: the bytes are not a picture.
+    """
+    rgb = images.decode(data, size=128, max_pixels=max_pixels)
+    small = cv2.resize(rgb, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA).astype(np.float32).ravel()
+    small -= small.mean()
+    if small.std() < FLAT:
+        return np.zeros_like(small)
+    return np.asarray(small / np.linalg.norm(small), dtype=np.float32)
+
+
+def look_alikes(
+    splits: Sequence[str], thumbnails: NDArray[np.float32], *, progress: Callable[[str], None] = lambda line: None
+) -> Iterator[tuple[int, int, float]]:
+    """Pairs of pictures in different splits that are nearly the same, by the correlation of their pixels.
+
+    The threshold lies between what was seen on 400 photographs of lawns: 0.993 and more for copies resized to 0.4 to
+    1.6 of their size and saved anew at JPEG quality 30 to 95, at most 0.986 for pictures of different scenes.
+
+    Args:
+        splits: the split of each picture.
+        thumbnails: (n, d) float32 of `thumbnail`.
+
+    Yields:
+        Two positions, and the correlation of the pictures there.
+    """
+    where = {split: np.flatnonzero(np.array(splits) == split) for split in SPLITS}
+    said, done = time.monotonic(), 0
+    for one, other in combinations(SPLITS, 2):
+        left, right = where[one], where[other]
+        for a in range(0, len(left), COMPARED_AT_ONCE):
+            rows = left[a : a + COMPARED_AT_ONCE]
+            for b in range(0, len(right), COMPARED_AT_ONCE):
+                columns = right[b : b + COMPARED_AT_ONCE]
+                likeness = thumbnails[rows] @ thumbnails[columns].T
+                for i, j in np.argwhere(likeness >= LOOK_ALIKE):
+                    yield int(rows[i]), int(columns[j]), float(likeness[i, j])
+                done += likeness.size
+            if time.monotonic() - said > 10:
+                said = time.monotonic()
+                progress(f"Compared {done:,} pairs of pictures.")
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+class ObjectCache:
+    """Local copies of objects, for several processes at once; each is verified by its hash at every reading.
+
+    The least recently used go when the folder outgrows `max_bytes`. Another process' copies are seen when the folder is
+    looked through, after each twentieth of `max_bytes` written: the folder stays within 1.05 × `max_bytes` a process.
+    A disk that is full or read-only ends the caching and nothing else.
+
+    Args:
+        folder: where; made when the first copy is.
+        max_bytes: largest size of all copies together; 0: keep none.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder = folder
+        self.max_bytes = max_bytes
+        self._keeps = max_bytes > 0
+        self._unseen: int | None = None  # bytes written since the folder was looked through; None: never was
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, settings: Settings) -> ObjectCache:
+        """The cache of this machine, as the settings say."""
+        return cls(settings.home / "cache" / "images", settings.data.cache_bytes)
+
+    def read(self, store: ObjectStore, key: str, sha256: str) -> bytes:
+        """An object's bytes, from the cache when a true copy lies there.
+
+        Raises:
+            NotFound: the store has no such object.
+            IntegrityError: the object is not what its SHA-256 says.
+            Unavailable: the store does not answer.
+        """
+        file = self.folder / sha256[:2] / sha256
+        try:
+            data = file.read_bytes()
+        except OSError:
+            pass
+        else:
+            if hashlib.sha256(data).hexdigest() == sha256:
+                with suppress(OSError):  # evicted meanwhile, or a read-only disk
+                    os.utime(file)
+                return data
+        data = store.get(key)
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise IntegrityError(
+                f"The object {key} is not the picture that was stored.",
+                hint="`lawnwatch data recheck` fetches it anew where its source still has it.",
+            )
+        self._keep(file, data)
         return data
-    data = store.get(row.object_key)
-    if hashlib.sha256(data).hexdigest() != row.sha256:
-        raise IntegrityError(
-            f"The object {row.object_key} is not the picture that was stored.", hint=f"Its source is {row.url}."
+
+    def _keep(self, file: Path, data: bytes) -> None:
+        if not self._keeps or len(data) > self.max_bytes:
+            return
+        part = file.with_name(f"{PART}{file.name}.{os.getpid()}.{threading.get_ident()}")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                part.write_bytes(data)
+                part.replace(file)
+            finally:
+                part.unlink(missing_ok=True)
+            with self._lock:
+                if self._unseen is None or self._unseen + len(data) > self.max_bytes * RESCAN_SHARE:
+                    self._evict()
+                    self._unseen = 0
+                else:
+                    self._unseen += len(data)
+        except OSError as error:
+            self._keeps = False
+            logger.warning(
+                "pictures are read without a cache from here on: it cannot be written",
+                error=error.strerror or type(error).__name__,
+            )
+
+    def _evict(self) -> None:
+        """Delete the least recently used copies until a tenth of the room is free; not while another process does."""
+        with (self.folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return
+            found: list[tuple[float, int, str]] = []
+            for entry in self._entries():
+                with suppress(FileNotFoundError):
+                    stat = entry.stat()
+                    # Half a copy that a killed process left is the first to go.
+                    left = entry.name.startswith(PART) and time.time() - stat.st_mtime > PART_SECONDS
+                    found.append((0.0 if left else stat.st_mtime, stat.st_size, entry.path))
+            size = sum(each for _, each, _ in found)
+            if size <= self.max_bytes and (not found or min(found)[0] > 0):
+                return
+            for used, each, path in sorted(found):
+                if size <= self.max_bytes * (1 - FREED_SHARE) and used > 0:
+                    break
+                Path(path).unlink(missing_ok=True)
+                size -= each
+
+    def _entries(self) -> Iterator[os.DirEntry[str]]:
+        with os.scandir(self.folder) as folders:
+            for folder in folders:
+                if folder.is_dir():
+                    with os.scandir(folder) as entries:
+                        yield from entries
+
+
+Prepare = Callable[[Row, bytes], NDArray[np.uint8]]
+
+
+def stream(
+    rows: Sequence[Row],
+    store: ObjectStore,
+    cache: ObjectCache,
+    *,
+    classes: Sequence[str],
+    size: int,
+    max_pixels: int,
+    batch: int,
+    shuffle_seed: int | None = None,
+    parallel: int = PARALLEL,
+) -> Any:
+    """Pictures as training sees them: a tf.data.Dataset of ((b, size, size, 3) uint8 RGB, (b,) int32) batches.
+
+    Fetched and decoded as serving decodes, `parallel` at a time, while earlier batches are used; held in memory are
+    those and two batches. The order is that of the rows, or one that depends on `shuffle_seed` alone.
+
+    Iterating raises tf.errors.OpError where a picture cannot be read; `batches` raises what lies behind it.
+
+    Args:
+        classes: a label's index here is its class number.
+        batch: pictures in a batch; the last one may have fewer.
+    """
+    decode = partial(_decode, size=size, max_pixels=max_pixels)
+    source = _Source(rows, store, cache, classes, decode, shape=(size, size, 3))
+    return source.dataset(batch, shuffle_seed=shuffle_seed, parallel=parallel)
+
+
+def batches(
+    rows: Sequence[Row],
+    store: ObjectStore,
+    cache: ObjectCache,
+    *,
+    classes: Sequence[str],
+    batch: int,
+    prepare: Prepare,
+    parallel: int = PARALLEL,
+) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int32]]]:
+    """The same pipeline, in the rows' order, for what `prepare` makes of each picture's bytes.
+
+    Args:
+        prepare: a row and its bytes to a uint8 array, of the same shape for every row; called in several threads.
+
+    Yields:
+        (b, …) uint8 and (b,) int32 class numbers.
+
+    Raises:
+        NotFound, IntegrityError, Unavailable: as `ObjectCache.read`; and whatever `prepare` raises.
+    """
+    import tensorflow as tf
+
+    source = _Source(rows, store, cache, classes, prepare)
+    try:
+        yield from source.dataset(batch, shuffle_seed=None, parallel=parallel).as_numpy_iterator()
+    except tf.errors.OpError:
+        if source.fault is None:
+            raise
+        raise source.fault from None
+
+
+def _decode(_row: Row, data: bytes, *, size: int, max_pixels: int) -> NDArray[np.uint8]:
+    return images.decode(data, size=size, max_pixels=max_pixels)
+
+
+class _Source:
+    """Rows to arrays, in the threads of tf.data; the first fault is kept, for TensorFlow only passes its text on."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        store: ObjectStore,
+        cache: ObjectCache,
+        classes: Sequence[str],
+        prepare: Prepare,
+        *,
+        shape: tuple[int, ...] | None = None,
+    ) -> None:
+        self.rows = rows
+        self.store = store
+        self.cache = cache
+        self.labels = np.array([classes.index(row.label) for row in rows], np.int32)
+        self.prepare = prepare
+        self.shape = shape
+        self.fault: Exception | None = None
+
+    def read(self, number: int) -> NDArray[np.uint8]:
+        row = self.rows[number]
+        try:
+            return self.prepare(row, self.cache.read(self.store, row.object_key, row.sha256))
+        except Exception as error:
+            self.fault = self.fault or error
+            raise
+
+    def dataset(self, batch: int, *, shuffle_seed: int | None, parallel: int) -> Any:
+        import tensorflow as tf
+
+        order = np.arange(len(self.rows))
+        if shuffle_seed is not None:
+            order = np.random.default_rng(shuffle_seed).permutation(order)
+
+        def load(number: Any, label: Any) -> Any:
+            picture = tf.numpy_function(self.read, [number], tf.uint8, stateful=False)
+            if self.shape is not None:
+                picture.set_shape(self.shape)
+            return picture, label
+
+        options = tf.data.Options()
+        options.threading.private_threadpool_size = parallel  # the shared pool has a thread a core: few for waiting
+        return (
+            tf.data.Dataset.from_tensor_slices((order, self.labels[order]))
+            .map(load, num_parallel_calls=parallel, deterministic=True)
+            .batch(batch)
+            .prefetch(2)
+            .with_options(options)
         )
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=cached.parent)
-    with os.fdopen(handle, "wb") as stream:
-        stream.write(data)
-    Path(name).replace(cached)
-    return data
-
-
-def images(
-    rows: Sequence[Row], store: ObjectStore, cache_dir: Path, *, classes: list[str], size: int, max_pixels: int
-) -> Iterator[tuple[NDArray[np.uint8], int]]:
-    """(size, size, 3) uint8 RGB and class number of each row, decoded as serving decodes."""
-    for row in rows:
-        data = read_image(store, row, cache_dir)
-        yield pictures.decode(data, size=size, max_pixels=max_pixels), classes.index(row.label)

@@ -308,8 +308,9 @@ def ask(settings: Settings, store: ObjectStore, graph: bundle.Graph, rows: Seque
         IntegrityError: a picture's bytes are not what the snapshot says.
     """
     outputs, brightness, sharpness = [], [], []
+    cache = dataset.ObjectCache.of(settings)
     for row in rows:
-        data = dataset.read_image(store, row, settings.home / "cache" / "images")
+        data = cache.read(store, row.object_key, row.sha256)
         picture = images.decode(data, size=graph.size, max_pixels=settings.images.max_pixels)
         try:
             outputs.append(graph(picture))

@@ -25,7 +25,6 @@ import subprocess
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -49,6 +48,7 @@ RECIPE = "1"
 VIEWS = 4  # augmented views of a training picture, beside the picture itself
 VIEW_SIZE = 256  # side from which augmented views are cropped
 FINE_TUNE_IMAGES = 2000  # cut activations take 37 kB a view; beyond this, fine-tuning draws from so many pictures
+PREPARED_AT_ONCE = 2  # pictures decoded and augmented beside the network, which takes every core it gets
 PROBE_C = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 LEARNING_RATE = 1e-4
 PATIENCE = 3
@@ -377,9 +377,20 @@ def _compute(
 def _first_pictures(settings: Settings, store: ObjectStore, snapshot: dataset.Snapshot) -> NDArray[np.uint8]:
     """Up to 64 training pictures, by hash, as (n, 224, 224, 3) uint8."""
     rows = sorted(snapshot.split("train"), key=lambda row: row.sha256)[:64]
-    cache, limit = settings.home / "cache" / "images", settings.images.max_pixels
-    decoded = dataset.images(rows, store, cache, classes=snapshot.classes, size=model.SIZE, max_pixels=limit)
-    return np.stack([picture for picture, _ in decoded])
+    return _decoded(settings, store, snapshot, rows)
+
+
+def _decoded(
+    settings: Settings, store: ObjectStore, snapshot: dataset.Snapshot, rows: Sequence[dataset.Row]
+) -> NDArray[np.uint8]:
+    """A few pictures as serving sees them, (n, 224, 224, 3) uint8."""
+
+    def plain(_row: dataset.Row, data: bytes) -> NDArray[np.uint8]:
+        return images.decode(data, size=model.SIZE, max_pixels=settings.images.max_pixels)
+
+    cache = dataset.ObjectCache.of(settings)
+    found = dataset.batches(rows, store, cache, classes=snapshot.classes, batch=len(rows), prepare=plain)
+    return np.concatenate([pictures for pictures, _ in found])
 
 
 class Extractor:
@@ -389,6 +400,7 @@ class Extractor:
         tf = model.tensorflow()
         self._settings = settings
         self._store = store
+        self._pictures = dataset.ObjectCache.of(settings)
         self._cache = settings.home / "cache" / "features"
         self._kind = f"{RECIPE}|{basis}|{settings.train.seed}|{json.dumps(images.PREPROCESSING, sort_keys=True)}"
 
@@ -414,70 +426,72 @@ class Extractor:
         cut = np.zeros((cuts, views + 1, *model.CUT_SHAPE), np.float16)
         pooled = np.zeros((len(rows), views + 1, model.EMBEDDING), np.float32)
         color = np.zeros((len(rows), COLOR_FEATURES), np.float32)
-        step = max(1, 32 // (views + 1))
-        chunks = [range(start, min(start + step, len(rows))) for start in range(0, len(rows), step)]
         said = time.monotonic()
-        with ThreadPoolExecutor(2) as pool:
-            prepare = partial(self._prepare, views=views)
-            for chunk in chunks:
-                found = list(pool.map(prepare, [rows[i] for i in chunk], [i < cuts for i in chunk]))
-                self._run_missing(found)
-                for i, entry in zip(chunk, found, strict=True):
-                    pooled[i], color[i] = entry.arrays["pooled"], entry.arrays["color"]
-                    if i < cuts:
-                        cut[i] = entry.arrays["cut"]
-                if time.monotonic() - said > 10:
-                    said = time.monotonic()
-                    progress(f"Features of the {split} split: {chunk.stop} of {len(rows)} images.")
+
+        def keep(i: int, arrays: dict[str, NDArray[Any]]) -> None:
+            nonlocal said
+            pooled[i], color[i] = arrays["pooled"], arrays["color"]
+            if i < cuts:
+                cut[i] = arrays["cut"]
+            if time.monotonic() - said > 10:
+                said = time.monotonic()
+                progress(f"Features of the {split} split: {i + 1} of {len(rows)} images.")
+
+        missing = []
+        for i, row in enumerate(rows):
+            known = self._known(self._file(row, i < cuts, views))
+            if known is None:
+                missing.append(i)
+            else:
+                keep(i, known)
+        # Pictures are fetched, decoded and augmented in other threads while the network works on those before.
+        prepared = dataset.batches(
+            [rows[i] for i in missing],
+            self._store,
+            self._pictures,
+            classes=snapshot.classes,
+            batch=max(1, 32 // (views + 1)),
+            prepare=partial(self._views, views=views),
+            parallel=PREPARED_AT_ONCE,
+        )
+        waiting = iter(missing)
+        for pictures, _ in prepared:
+            outputs = (part.numpy() for part in self._forward(pictures.reshape(-1, *pictures.shape[2:])))
+            cuts_of, pooled_of = (part.reshape(*pictures.shape[:2], *part.shape[1:]) for part in outputs)
+            for seen, cut_of, pool_of in zip(pictures, cuts_of, pooled_of, strict=True):
+                i = next(waiting)
+                arrays = {"color": color_features(seen[0]), "pooled": pool_of}
+                if i < cuts:
+                    arrays["cut"] = cut_of
+                buffer = io.BytesIO()
+                np.savez(buffer, allow_pickle=False, **arrays)
+                _write(self._file(rows[i], i < cuts, views), buffer.getvalue())
+                keep(i, arrays)
         labels = np.array([snapshot.classes.index(row.label) for row in rows], dtype=np.int64)
         return Features(labels, pooled, cut, color)
 
-    def _prepare(self, row: dataset.Row, cut: bool, *, views: int) -> _Entry:
-        """From the cache, or decoded and augmented and ready for the network."""
+    def _file(self, row: dataset.Row, cut: bool, views: int) -> Path:
         name = hashlib.sha256(f"{row.sha256}|{views}|{cut}|{self._kind}".encode()).hexdigest()
-        file = self._cache / name[:2] / f"{name}.npz"
+        return self._cache / name[:2] / f"{name}.npz"
+
+    @staticmethod
+    def _known(file: Path) -> dict[str, NDArray[Any]] | None:
+        """Features kept before; None when they are not there or were cut off, and must be made anew."""
         try:
             with np.load(file, allow_pickle=False) as arrays:
-                return _Entry(file, cut, dict(arrays), None)
+                return dict(arrays)
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-            pass  # not there, or cut off: made anew
-        data = dataset.read_image(self._store, row, self._settings.home / "cache" / "images")
+            return None
+
+    def _views(self, row: dataset.Row, data: bytes, *, views: int) -> NDArray[np.uint8]:
+        """(views + 1, 224, 224, 3) uint8: the picture as serving sees it, and its augmented views."""
         limit = self._settings.images.max_pixels
-        plain = images.decode(data, size=model.SIZE, max_pixels=limit)
-        pictures = [plain]
+        pictures = [images.decode(data, size=model.SIZE, max_pixels=limit)]
         if views:
             large = images.decode(data, size=VIEW_SIZE, max_pixels=limit)
             rng = np.random.default_rng([self._settings.train.seed, int(row.sha256[:16], 16)])
             pictures += [augment(large, rng) for _ in range(views)]
-        return _Entry(file, cut, {"color": color_features(plain)}, np.stack(pictures))
-
-    def _run_missing(self, entries: Sequence[_Entry]) -> None:
-        """Fill the entries that the cache did not have, in one batch, and keep them there."""
-        fresh = [entry for entry in entries if entry.pictures is not None]
-        if not fresh:
-            return
-        cut, pooled = (part.numpy() for part in self._forward(np.concatenate([e.pictures for e in fresh])))
-        at = 0
-        for entry in fresh:
-            assert entry.pictures is not None  # noqa: S101 - for the type checker
-            until = at + len(entry.pictures)
-            entry.arrays["pooled"] = pooled[at:until]
-            if entry.cut:
-                entry.arrays["cut"] = cut[at:until]
-            at = until
-            buffer = io.BytesIO()
-            np.savez(buffer, allow_pickle=False, **entry.arrays)
-            _write(entry.file, buffer.getvalue())
-
-
-@dataclass
-class _Entry:
-    """One picture on its way through the network."""
-
-    file: Path
-    cut: bool
-    arrays: dict[str, NDArray[Any]]
-    pictures: NDArray[np.uint8] | None
+        return np.stack(pictures)
 
 
 def augment(rgb: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -777,9 +791,7 @@ def _compare(settings: Settings, store: ObjectStore, snapshot: dataset.Snapshot,
     run_graph = bundle.Graph(graph, classes=len(snapshot.classes))
     rows = sorted(snapshot.split("validation"), key=lambda row: str(row.sha256))[:8]
     worst = 0.0
-    for row in rows:
-        data = dataset.read_image(store, row, settings.home / "cache" / "images")
-        picture = images.decode(data, size=model.SIZE, max_pixels=settings.images.max_pixels)
+    for picture in _decoded(settings, store, snapshot, rows):
         expected = np.asarray(whole(picture[np.newaxis], training=False)["logits"])[0]
         worst = max(worst, float(np.abs(run_graph(picture).logits - expected).max()))
     if not worst < 0.01:

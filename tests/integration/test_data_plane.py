@@ -69,7 +69,8 @@ def test_catalog_to_snapshot_and_again(real: Settings, catalog: Catalog, photos:
     assert (again.id, again.created, again.rows) == (snapshot.id, False, snapshot.rows)
     assert ingest.run(real, catalog, store).claimed == 0
     row = snapshot.rows[0]
-    assert dataset.read_image(store, row, tmp_path / "cache") == store.get(row.object_key)
+    cache = dataset.ObjectCache(tmp_path / "cache", 10**9)
+    assert cache.read(store, row.object_key, row.sha256) == store.get(row.object_key)
 
 
 def test_migrations_from_two_processes_at_once(real: Settings) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections import Counter, defaultdict
 from dataclasses import asdict
+from datetime import UTC, datetime
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,57 +20,13 @@ import pytest
 import sqlalchemy as sa
 from PIL import Image
 
-from lawnwatch import dataset, images
-from lawnwatch.catalog import Catalog, ImageRecord, Label, SnapshotRecord
-from lawnwatch.config import Settings
-from lawnwatch.errors import DataError, IntegrityError, NotFound, Unavailable
+from lawn import Lawn, Picture, jpeg, scene
+from lawnwatch import dataset
+from lawnwatch.catalog import ImageRecord, SnapshotRecord
+from lawnwatch.errors import DataError, InputError, IntegrityError, NotFound, Unavailable
 from lawnwatch.store import LocalStore, ObjectInfo
 
 pytestmark = pytest.mark.unit
-
-
-def scene(seed: int) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize((160, 120), Image.Resampling.BICUBIC)
-
-
-def jpeg(image: Image.Image, quality: int = 90) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()
-
-
-class Lawn:
-    """A catalog whose pictures are stored without a web."""
-
-    def __init__(self, home: Path) -> None:
-        self.settings = Settings(home=home, data={"min_per_class": 5})
-        self.catalog = Catalog(self.settings)
-        self.catalog.migrate()
-        self.store = LocalStore(home / "store")
-
-    def put(self, name: str, label: str, data: bytes, source: str = "catalog") -> str:
-        """Store a picture under a URL; its SHA-256."""
-        self.catalog.add(f"https://photos.example/{name}", label, source=source)
-        (claimed,) = self.catalog.claim(1, worker="w:1:1")
-        sha = hashlib.sha256(data).hexdigest()
-        rgb = images.decode(data, max_pixels=10**6)
-        key = f"images/{sha[:2]}/{sha}.jpg"
-        self.store.put(key, data)
-        values = {"state": "stored", "sha256": sha, "object_key": key, "phash": f"{images.phash(rgb):016x}"}
-        assert self.catalog.finish("w:1:1", [(claimed.id, values)]) == 1
-        return sha
-
-    def fill(self, count: int, first: int = 0) -> None:
-        for number in range(first, first + count):
-            self.put(f"g{number}.jpg", "grass", jpeg(scene(number)))
-            self.put(f"d{number}.jpg", "dandelion", jpeg(scene(10_000 + number)))
-
-    def snapshot(self) -> dataset.Snapshot:
-        return dataset.create_snapshot(self.settings, self.catalog, self.store)
-
-    def record(self, name: str) -> ImageRecord:
-        return self.catalog.find(f"https://photos.example/{name}")
 
 
 @pytest.fixture
@@ -236,9 +196,13 @@ def test_29_32_a_snapshot_cut_off_is_none_and_a_rerun_reaches_the_same(lawn: Law
 def test_29_a_missing_object_makes_no_snapshot(lawn: Lawn) -> None:
     lawn.fill(20)
     lawn.store.delete(str(lawn.record("g3.jpg").object_key))
-    with pytest.raises(IntegrityError, match=r"g3\.jpg"):
+    lawn.store.put(str(lawn.record("d5.jpg").object_key), b"cut off")
+    with pytest.raises(IntegrityError, match=r"d5\.jpg \(object of 7 bytes.*g3\.jpg \(object missing\)") as caught:
         lawn.snapshot()
+    assert "data recheck" in caught.value.hint
     assert list(lawn.store.list("snapshots/")) == []
+    with lawn.catalog.session() as session:
+        assert session.scalar(sa.select(sa.func.count(SnapshotRecord.id))) == 0
 
 
 def test_an_altered_manifest_is_refused(lawn: Lawn) -> None:
@@ -272,32 +236,312 @@ def test_snapshots_by_their_beginning(lawn: Lawn) -> None:
             dataset.load_snapshot(lawn.catalog, lawn.store, wrong)
 
 
-def test_images_come_from_a_verified_cache(lawn: Lawn, tmp_path: Path) -> None:
-    lawn.fill(6)
-    snapshot, cache = lawn.snapshot(), tmp_path / "cache"
-    row = snapshot.rows[0]
-    data = dataset.read_image(lawn.store, row, cache)
-    assert hashlib.sha256(data).hexdigest() == row.sha256
-    (cached,) = (path for path in cache.rglob("*") if path.is_file())
-    cached.write_bytes(b"altered")
-    assert dataset.read_image(lawn.store, row, cache) == data, "an altered copy is fetched anew"
-    lawn.store.put(row.object_key, b"altered")
-    assert dataset.read_image(lawn.store, row, cache) == data, "the cache serves while the store is wrong"
-    with pytest.raises(IntegrityError):
-        dataset.read_image(lawn.store, row, tmp_path / "other")
+# --- a split is for life, whatever comes (26) -----------------------------------------------------------------------
 
 
-def test_images_are_decoded_as_serving_decodes(lawn: Lawn, tmp_path: Path) -> None:
+def flipped(phash: int, bits: list[int]) -> int:
+    return phash ^ sum(1 << bit for bit in bits)
+
+
+def arrivals(seed: int) -> list[Picture]:
+    """Chains of near duplicates in random order: each picture is four bits from the last, the ends far apart."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for chain in range(60):
+        phash = int(rng.integers(0, 2**63))
+        free = rng.permutation(64).tolist()
+        for link in range(int(rng.integers(1, 7))):
+            found.append(Picture(f"{chain}-{link}.jpg", "grass" if chain % 2 else "dandelion", phash=phash))
+            phash = flipped(phash, [free.pop() for _ in range(4)])
+    return [found[number] for number in rng.permutation(len(found))]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_26_whatever_the_order_no_group_ever_spans_two_splits(tmp_path: Path, seed: int) -> None:
+    pictures = arrivals(seed)
+    together, apart = Lawn(tmp_path / "together"), Lawn(tmp_path / "apart")
+    together.put_all(pictures)
+    whole = together.snapshot()
+    assert len({row.group for row in whole.rows}) == 60, "a chain is one group, though its ends are far apart"
+    before: dict[str, str] = {}
+    for part in np.array_split(np.array(pictures, dtype=object), 4):
+        apart.put_all(list(part))
+        snapshot = apart.snapshot()
+        assert apart.snapshot().id == snapshot.id, "again changes nothing"
+        now = splits(snapshot)
+        assert {sha: split for sha, split in now.items() if sha in before} == {s: before[s] for s in now if s in before}
+        before |= now
+        of_chain = {hashlib.sha256(p.name.encode()).hexdigest(): p.name.partition("-")[0] for p in pictures}
+        phashes = {hashlib.sha256(p.name.encode()).hexdigest(): p.phash or 0 for p in pictures}
+        of_group: dict[str, set[str]] = defaultdict(set)
+        for row in snapshot.rows:
+            of_group[row.group].add(row.split)
+            assert row.group in of_chain and of_chain[row.group] == of_chain[row.sha256]
+        assert all(len(found) == 1 for found in of_group.values())
+        for one, two in combinations(now, 2):
+            if (phashes[one] ^ phashes[two]).bit_count() <= 6:
+                assert now[one] == now[two], "no picture resembles one of another split"
+    bridges = sum((apart.record(p.name).reason or "").startswith("split_bridge: ") for p in pictures)
+    assert len(before) + bridges == len(pictures)
+
+
+def test_26_a_picture_that_left_still_holds_the_split_of_its_group(lawn: Lawn) -> None:
+    lawn.fill(20)
+    first = lawn.snapshot()
+    for row in first.rows:
+        if row.split == "test":
+            lawn.change(row.url.rpartition("/")[2], state="gone", reason="http_404: not there any more")
+    names = [row.url.rpartition("/")[2] for row in first.rows if row.split == "test"]
+    for name in names:
+        lawn.put(f"copy-{name}", lawn.record(name).label.name, jpeg(Image.open(io.BytesIO(stored(lawn, name))), 60))
+    later = lawn.snapshot()
+    assert {row.url.rpartition("/")[2]: row.split for row in later.rows if "copy-" in row.url} == {
+        f"copy-{name}": "test" for name in names
+    }
+    lawn.change(names[0], state="stored", reason=None)
+    assert splits(lawn.snapshot())[str(lawn.record(names[0]).sha256)] == "test"
+
+
+def stored(lawn: Lawn, name: str) -> bytes:
+    return lawn.store.get(str(lawn.record(name).object_key))
+
+
+def test_26_a_picture_that_changed_into_one_of_another_split_is_set_aside(lawn: Lawn) -> None:
+    lawn.fill(20)
+    first = lawn.snapshot()
+    train, test = (next(row for row in first.rows if (row.split, row.label) == (s, "grass")) for s in ("train", "test"))
+    name = train.url.rpartition("/")[2]
+    copy = jpeg(Image.open(io.BytesIO(lawn.store.get(test.object_key))), 50)
+    lawn.put("copy.jpg", "grass", copy)  # what the source of the training picture gives from now on
+    new = lawn.record("copy.jpg")
+    lawn.change(name, sha256=new.sha256, object_key=new.object_key, phash=new.phash, bytes=new.bytes)
+    after = lawn.snapshot()
+    assert (lawn.record(name).reason or "").startswith("split_bridge: ") and lawn.record(name).split == "train"
+    assert splits(after)[test.sha256] == "test" and after.counts["train"]["grass"] == first.counts["train"]["grass"] - 1
+
+
+def test_26_a_relabelled_picture_keeps_its_split(lawn: Lawn) -> None:
+    lawn.fill(20)
+    first = lawn.snapshot()
+    row = next(row for row in first.rows if row.split == "test" and row.label == "grass")
+    lawn.catalog.relabel(row.url, "dandelion")
+    second = lawn.snapshot()
+    assert next((r.label, r.split) for r in second.rows if r.sha256 == row.sha256) == ("dandelion", "test")
+    difference = dataset.diff_snapshots(lawn.catalog, lawn.store, first.id, "latest")
+    assert difference["relabelled"] == {
+        "count": 1,
+        "counts": {"grass → dandelion": 1},
+        "first": [{"sha256": row.sha256, "url": row.url, "from": "grass", "to": "dandelion"}],
+    }
+    assert [difference[kind]["count"] for kind in ("added", "removed", "moved")] == [0, 0, 0]
+
+
+def test_the_test_split_grows_by_a_recorded_act_only(lawn: Lawn) -> None:
+    lawn.fill(20)
+    before = lawn.snapshot()
+    assert before.made_by["new_to_test"] == 0.0
+    lawn.fill(20, first=100)
+    grown = lawn.snapshot(new_to_test=0.5)
+    sizes = {split: sum(grown.counts[split].values()) - sum(before.counts[split].values()) for split in dataset.SPLITS}
+    assert 10 < sizes["test"] < 30 and sizes["train"] > 0
+    assert {sha: split for sha, split in splits(grown).items() if sha in splits(before)} == splits(before)
+    assert dataset.load_snapshot(lawn.catalog, lawn.store).made_by["new_to_test"] == 0.5
+    for wrong in (-0.1, 1.0, float("nan")):
+        with pytest.raises(InputError):
+            lawn.snapshot(new_to_test=wrong)
+
+
+# --- settling -------------------------------------------------------------------------------------------------------
+
+
+def test_settling_records_groups_and_quarantines_and_splits_nobody_new(lawn: Lawn) -> None:
     lawn.fill(6)
+    lawn.put("same.jpg", "dandelion", jpeg(scene(3)))
+    small = lawn.put("small.jpg", "grass", jpeg(scene(4).resize((90, 70))))
+    settled = dataset.settle(lawn.settings, lawn.catalog)
+    assert (settled.images, settled.groups, settled.label_conflicts, settled.split_bridges) == (12, 11, 2, 0)
+    assert settled.near_duplicates == [tuple(sorted((small, str(lawn.record("g4.jpg").sha256))))]
+    assert lawn.record("small.jpg").group_id == lawn.record("g4.jpg").group_id
+    assert set(lawn.splits().values()) == {None}
+    assert dataset.settle(lawn.settings, lawn.catalog) == settled
+    lawn.snapshot()
+    lawn.put("late.jpg", "grass", jpeg(scene(5), 50))
+    dataset.settle(lawn.settings, lawn.catalog)
+    assert lawn.record("late.jpg").split == lawn.record("g5.jpg").split is not None
+
+
+def test_what_changes_while_it_is_judged_is_judged_again(lawn: Lawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    lawn.fill(20)
+    judge, looks = dataset._judge, 0
+
+    def meanwhile(*given: object) -> dataset.Settled:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            lawn.catalog.relabel("https://photos.example/g3.jpg", "dandelion")
+        return judge(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(dataset, "_judge", meanwhile)
     snapshot = lawn.snapshot()
-    found = list(
-        dataset.images(
-            snapshot.rows[:4], lawn.store, tmp_path / "cache", classes=snapshot.classes, size=96, max_pixels=10**6
-        )
-    )
-    assert [snapshot.classes[label] for _, label in found] == [row.label for row in snapshot.rows[:4]]
-    expected = images.decode(lawn.store.get(snapshot.rows[0].object_key), size=96, max_pixels=10**6)
-    assert np.array_equal(found[0][0], expected)
+    assert looks == 2
+    assert next(row.label for row in snapshot.rows if row.url.endswith("/g3.jpg")) == "dandelion"
+
+
+# --- verifying ------------------------------------------------------------------------------------------------------
+
+
+def verify(lawn: Lawn, **options: bool) -> dict[str, Any]:
+    return dataset.verify_snapshot(lawn.settings, lawn.catalog, lawn.store, **options)
+
+
+def test_a_whole_snapshot_is_verified_pixel_by_pixel(lawn: Lawn) -> None:
+    lawn.fill(10)
+    lawn.put("black.png", "grass", jpeg(Image.new("RGB", (40, 40))))
+    lawn.snapshot()
+    report = verify(lawn, pixels=True)
+    assert (report["ok"], report["images"], report["not_comparable"], report["faults"]) == (True, 21, 1, {})
+
+
+def test_26_a_copy_smuggled_into_another_split_is_found_by_its_pixels(lawn: Lawn) -> None:
+    lawn.fill(20)
+    row = next(row for row in lawn.snapshot().rows if row.split == "test")
+    picture = Image.open(io.BytesIO(lawn.store.get(row.object_key)))
+    copy = jpeg(picture.resize((100, 90)), 40)
+    lawn.put("copy.jpg", row.label, copy, phash=0x0123456789ABCDEF)  # a hash that resembles no other
+    lawn.change("copy.jpg", split="train", group_id=hashlib.sha256(copy).hexdigest())
+    lawn.snapshot()
+    assert verify(lawn)["ok"], "its group and its hash say nothing"
+    report = verify(lawn, pixels=True)
+    assert not report["ok"] and list(report["faults"]) == ["look_alikes"]
+    (said,) = report["faults"]["look_alikes"]["first"]
+    assert "copy.jpg (train)" in said and f"{row.url} (test)" in said
+
+
+def test_rotten_and_missing_objects_are_found(lawn: Lawn) -> None:
+    lawn.fill(10)
+    snapshot = lawn.snapshot()
+    data = bytearray(lawn.store.get(snapshot.rows[0].object_key))
+    data[-20] ^= 1
+    lawn.store.put(snapshot.rows[0].object_key, bytes(data))
+    lawn.store.delete(snapshot.rows[1].object_key)
+    report = verify(lawn)
+    assert not report["ok"] and {kind: entry["count"] for kind, entry in report["faults"].items()} == {
+        "altered_object": 1,
+        "missing_object": 1,
+    }
+    assert snapshot.rows[0].url in report["faults"]["altered_object"]["first"][0]
+
+
+def test_a_group_in_two_splits_is_found(lawn: Lawn) -> None:
+    lawn.fill(20)
+    rows = lawn.snapshot().rows
+    train, test = (next(r for r in rows if (r.split, r.label) == (s, "grass")) for s in ("train", "test"))
+    lawn.change(train.url.rpartition("/")[2], group_id=test.group)
+    lawn.snapshot()
+    assert list(verify(lawn)["faults"]) == ["group_in_two_splits"]
+
+
+def test_what_is_shown_of_a_snapshot(lawn: Lawn) -> None:
+    lawn.fill(10)
+    lawn.put("same.jpg", "dandelion", jpeg(scene(3)))
+    snapshot = lawn.snapshot()
+    shown = dataset.show_snapshot(lawn.catalog, lawn.store)
+    manifest = lawn.store.get(f"snapshots/{snapshot.id}/manifest.parquet")
+    assert shown["manifest_sha256"] == hashlib.sha256(manifest).hexdigest()
+    assert shown["made_by"]["program"].startswith("lawnwatch ") and shown["created_at"]
+    assert shown["quarantined_now"]["label_conflict"]["count"] == 2
+    assert {entry["url"] for entry in shown["quarantined_now"]["label_conflict"]["first"]} == {
+        "https://photos.example/same.jpg",
+        "https://photos.example/g3.jpg",
+    }
+
+
+def test_what_came_and_went_between_two_snapshots(lawn: Lawn) -> None:
+    lawn.fill(20)
+    first = lawn.snapshot()
+    lawn.fill(15, first=100)
+    gone = first.rows[0]
+    lawn.change(gone.url.rpartition("/")[2], state="gone", reason="http_410: gone")
+    second = lawn.snapshot()
+    difference = dataset.diff_snapshots(lawn.catalog, lawn.store, first.id[:10], second.id[:10])
+    assert (difference["from"], difference["to"]) == (first.id, second.id)
+    assert (difference["added"]["count"], len(difference["added"]["first"])) == (30, 20)
+    assert difference["removed"]["first"] == [
+        {"sha256": gone.sha256, "url": gone.url, "label": gone.label, "split": gone.split}
+    ]
+    assert sum(sum(counts.values()) for counts in difference["added"]["counts"].values()) == 30
+    assert difference["counts"] == {"from": first.counts, "to": second.counts}
+
+
+def test_35_the_newest_snapshot_is_the_last_one_made_whatever_the_clock_says(
+    lawn: Lawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lawn.fill(6)
+    lawn.snapshot()
+    lawn.fill(6, first=100)
+    monkeypatch.setattr(dataset, "utc_now", lambda: datetime(2001, 1, 1, tzinfo=UTC))
+    second = lawn.snapshot()
+    assert dataset.load_snapshot(lawn.catalog, lawn.store, "latest").id == second.id
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def keep(store: LocalStore, *contents: bytes) -> list[tuple[str, str]]:
+    """Store objects; (key, SHA-256) of each."""
+    found = [(f"images/{hashlib.sha256(data).hexdigest()}", hashlib.sha256(data).hexdigest()) for data in contents]
+    for (key, _), data in zip(found, contents, strict=True):
+        store.put(key, data)
+    return found
+
+
+def test_a_cached_copy_is_verified_at_every_reading(tmp_path: Path) -> None:
+    store, cache = LocalStore(tmp_path / "store"), dataset.ObjectCache(tmp_path / "cache", 10**6)
+    ((key, sha),) = keep(store, b"picture")
+    assert cache.read(store, key, sha) == b"picture"
+    (copy,) = (tmp_path / "cache").glob("*/*")
+    copy.write_bytes(b"altered")
+    assert cache.read(store, key, sha) == b"picture" == copy.read_bytes(), "a rotten copy is fetched anew"
+    store.put(key, b"altered")
+    assert cache.read(store, key, sha) == b"picture", "the cache serves while the store is wrong"
+    with pytest.raises(IntegrityError, match=key):
+        dataset.ObjectCache(tmp_path / "other", 10**6).read(store, key, sha)
+    assert not list((tmp_path / "other").glob("*/*"))
+
+
+def test_the_least_recently_used_copies_go_first(tmp_path: Path) -> None:
+    store, cache = LocalStore(tmp_path / "store"), dataset.ObjectCache(tmp_path / "cache", 100_000)
+    objects = keep(store, *(bytes([number]) * 5_000 for number in range(20)))
+    for number, (key, sha) in enumerate(objects):
+        cache.read(store, key, sha)
+        os.utime(tmp_path / "cache" / sha[:2] / sha, (1_000_000 + number,) * 2)
+    cache.read(store, *objects[0])  # used just now
+    (tmp_path / "cache" / "00").mkdir(exist_ok=True)
+    left = tmp_path / "cache" / "00" / ".part-left by a killed process"
+    left.write_bytes(b"half")
+    os.utime(left, (1_000_000,) * 2)
+    for key, sha in keep(store, b"a" * 5_000, b"b" * 5_000):
+        cache.read(store, key, sha)
+    there = {path.name for path in (tmp_path / "cache").glob("*/*")}
+    assert objects[0][1] in there and objects[1][1] not in there and objects[19][1] in there
+    assert left.name not in there
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/*")) <= 100_000
+
+
+def test_no_cache_and_no_room_for_one_are_no_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = LocalStore(tmp_path / "store")
+    ((key, sha), (large, large_sha)) = keep(store, b"picture", b"p" * 2_000)
+    none = dataset.ObjectCache(tmp_path / "none", 0)
+    assert none.read(store, key, sha) == b"picture" and not (tmp_path / "none").exists()
+    small = dataset.ObjectCache(tmp_path / "small", 1_000)
+    assert small.read(store, large, large_sha) and not (tmp_path / "small").exists()
+    (tmp_path / "file").write_text("a file where the folder should be")
+    for _ in range(2):
+        broken = dataset.ObjectCache(tmp_path / "file", 10**6)
+        assert broken.read(store, key, sha) == b"picture" and broken.read(store, key, sha) == b"picture"
+
+
+# --- duplicates -----------------------------------------------------------------------------------------------------
 
 
 def test_near_pairs_are_those_of_the_slow_way() -> None:
@@ -313,14 +557,10 @@ def test_near_pairs_are_those_of_the_slow_way() -> None:
             for two in range(one + 1, 300)
             if int(hashes[one] ^ hashes[two]).bit_count() <= distance
         ]
-        assert dataset.near_pairs(hashes, distance) == slow
+        found = {(int(one), int(two)) for pairs in dataset.near_pairs(hashes, distance) for one, two in pairs}
+        assert sorted(found) == slow
 
 
-def test_thousands_of_blank_pictures_are_one_group_in_no_time(lawn: Lawn) -> None:
-    grass = Label(id=1, name="grass")
-    records = [
-        ImageRecord(id=number, sha256=f"{number:064x}", phash="0" * 16, state="stored", label=grass)
-        for number in range(20_000)
-    ]
-    assert dataset._settle(records, lawn.settings.data) == []
-    assert len({record.group_id for record in records}) == 1
+def test_thousands_of_blank_pictures_are_one_group_in_no_time() -> None:
+    roots, pairs = dataset.duplicate_groups(np.zeros(20_000, np.uint64), 6)
+    assert not roots.any() and len(pairs) == 1_000
