@@ -76,7 +76,7 @@ def answer(status: int = 200, body: bytes = b"picture", **headers: str) -> Calla
 @pytest.fixture
 def web() -> Iterator[Web]:
     server = Web()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
