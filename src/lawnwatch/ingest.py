@@ -19,7 +19,7 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -27,8 +27,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import prometheus_client
 import sqlalchemy as sa
+from prometheus_client import CollectorRegistry, Histogram, disable_created_metrics, write_to_textfile
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from lawnwatch import images, log
 from lawnwatch.catalog import Catalog, ImageRecord, Label, utc_now, worker_name
@@ -48,6 +49,7 @@ PATIENCE = 60.0  # seconds that a store or database may be away before the run g
 GIVE_BACK_SECONDS = 10.0  # for the claims of an interrupted run
 BAD = ("quarantined", "blocked", "gone", "failed")
 
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series beside each counter, which nobody reads
 logger = log.get(__name__)
 T = TypeVar("T")
 
@@ -165,7 +167,7 @@ class Interruption:
         self.signal: int | None = None
         self._cancel: Callable[[], object] = lambda: None
 
-    async def heeded(self, work: Any) -> Any:
+    async def heeded(self, work: Coroutine[Any, Any, T]) -> T:
         """Do `work` in this loop; a signal cancels it, once: a second one does not disturb the cleaning up."""
         loop = asyncio.get_running_loop()
         task = loop.create_task(work)
@@ -244,7 +246,7 @@ class _Run:
                     task.cancel()
             await self._record()
         except BaseExceptionGroup as errors:
-            raise _first(errors) from None
+            raise first_error(errors) from None
         finally:
             self.stopping.set()
             await self._give_back()
@@ -260,19 +262,17 @@ class _Run:
     async def _claimer(self, fetcher: Fetcher, group: asyncio.TaskGroup) -> None:
         """Start a task per pending image, as far ahead as there are slots to fill."""
         slots = self.settings.fetch.concurrency
-        while True:
+        while (left := slots if self.limit is None else self.limit - self.report.claimed) > 0:
             active = len(self.held) - len(self.outcomes) - fetcher.waiting
             wanted = min(slots * CLAIM_AHEAD - active, slots * CLAIM_WINDOW - len(self.held))
-            if self.limit is not None:
-                wanted = min(wanted, self.limit - self.report.claimed)
-                if self.report.claimed >= self.limit:
-                    return
-            if wanted < min(slots, (self.limit or slots) - self.report.claimed):
+            if wanted < min(slots, left):
                 self.moved.clear()
                 with suppress(TimeoutError):  # a host that goes to rest frees room too, and says nothing
                     async with asyncio.timeout(0.1):
                         await self.moved.wait()
                 continue
+            if self.limit is not None:
+                wanted = min(wanted, left)
             records = await self._claim(wanted)
             if not records:
                 return
@@ -478,7 +478,7 @@ def _bad(state: str, reason: str, error: LawnwatchError) -> dict[str, Any]:
     return {"state": state, "reason": f"{reason}: {error.message}"[:500]}
 
 
-def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+def first_error(errors: BaseExceptionGroup[BaseException]) -> BaseException:
     """The error that ended a task group; those after it are its consequences."""
     found: BaseException = errors
     while isinstance(found, BaseExceptionGroup):
@@ -498,8 +498,8 @@ class IngestMetrics:
 
     def __init__(self, folder: Path | None) -> None:
         self._file = folder / "lawnwatch_ingest.prom" if folder else None
-        self._registry = prometheus_client.CollectorRegistry()
-        self._fetch_seconds = prometheus_client.Histogram(
+        self._registry = CollectorRegistry()
+        self._fetch_seconds = Histogram(
             "lawnwatch_ingest_fetch_seconds",
             "Time with the source of each fetched image, waiting for its turn not included.",
             buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
@@ -519,24 +519,18 @@ class IngestMetrics:
             return
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            prometheus_client.write_to_textfile(str(self._file), self._registry)
+            write_to_textfile(str(self._file), self._registry)
         except OSError as error:
             logger.warning("the metrics cannot be written", fault=error.strerror)
 
-    def collect(self) -> Iterator[prometheus_client.Metric]:
+    def collect(self) -> Iterator[Metric]:
         """What Prometheus calls: the report's own counts, so that both always agree."""
-        images_ = prometheus_client.core.CounterMetricFamily(
-            "lawnwatch_ingest_images", "Images by what became of them.", labels=["outcome"]
-        )
+        images_ = CounterMetricFamily("lawnwatch_ingest_images", "Images by what became of them.", labels=["outcome"])
         for state in ("stored", *BAD):
             images_.add_metric([state], getattr(self._report, state))
         yield images_
-        yield prometheus_client.core.CounterMetricFamily(
-            "lawnwatch_ingest_bytes", "Bytes of the images stored.", value=self._report.bytes
-        )
-        yield prometheus_client.core.GaugeMetricFamily(
-            "lawnwatch_ingest_in_flight", "Images being fetched or put now.", value=self._in_flight
-        )
-        yield prometheus_client.core.GaugeMetricFamily(
+        yield CounterMetricFamily("lawnwatch_ingest_bytes", "Bytes of the images stored.", value=self._report.bytes)
+        yield GaugeMetricFamily("lawnwatch_ingest_in_flight", "Images being fetched or put now.", value=self._in_flight)
+        yield GaugeMetricFamily(
             "lawnwatch_ingest_duration_seconds", "Time since the run began.", value=self._report.seconds
         )

@@ -509,7 +509,8 @@ def checked_url(url: str, settings: FetchSettings) -> httpx.URL:
         )
     if parsed.userinfo or "@" in urlsplit(url).netloc:
         raise Refused("A source URL must not hold a user or a password.", reason="user_info")
-    if parsed.port is not None and parsed.port not in PORTS and not settings.allow_cidrs:
+    odd_allowed = bool(settings.allow_cidrs) and 0 < (parsed.port or 80) < 65536
+    if parsed.port is not None and parsed.port not in PORTS and not odd_allowed:
         raise Refused(f"Only the ports 80 and 443 are fetched from; received {parsed.port}.", reason="port")
     host = host_of(parsed)
     if settings.allow_hosts and not any(host == each or host.endswith("." + each) for each in settings.allow_hosts):

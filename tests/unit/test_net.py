@@ -131,7 +131,7 @@ def resolve(monkeypatch: pytest.MonkeyPatch, names: dict[str, list[list[str]]]) 
         ("http://example.org:22/a.jpg", "port"),
         ("http://example.org:8080/a.jpg", "port"),
         ("http://example.org:0/a.jpg", "port"),
-        ("http://example.org:99999/a.jpg", "bad_url"),
+        ("http://example.org:99999/a.jpg", "port"),
         ("http://[::1/a.jpg", "bad_url"),
     ],
 )
