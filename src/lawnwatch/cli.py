@@ -36,7 +36,8 @@ app = typer.Typer(
     help="From a table of labelled image URLs to a watched image-classification service. "
     "One command per step; progress on stderr, one JSON object on stdout.",
     epilog="Exit codes: 0 done, 1 internal, 2 wrong input or settings, 3 data cannot carry the step, "
-    "4 integrity, 5 server unavailable, 6 conflict, 7 rollout failed, 99 nothing to do, 130 interrupted, 143 told to stop.",
+    "4 integrity, 5 server unavailable, 6 conflict, 7 rollout failed, 99 nothing to do, 130 interrupted, "
+    "143 told to stop.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -250,6 +250,81 @@ class _Host:
         return self.users == 0 and not self._failing and self._rest_until < time.monotonic()
 
 
+class _Connections:
+    """Connections that are kept alive: idle HTTP/1.1 ones are used again, an HTTP/2 one carries many requests at once.
+
+    httpcore's own pool asks every connection's socket for every request whether it is still good, which at 32
+    connections costs more than the request itself; here only the one that is to be used is asked.
+
+    Args:
+        most: connections kept for later; beyond it, those of the origins that were not used for the longest go.
+        options: how a connection is made.
+    """
+
+    def __init__(self, most: int, **options: Any) -> None:
+        self._most, self._options = most, options
+        # By origin, the least recently used first.
+        self._idle: dict[str, list[httpcore.AsyncHTTPConnection]] = {}  # HTTP/1.1, used by nobody
+        self._shared: dict[str, httpcore.AsyncHTTPConnection] = {}  # HTTP/2
+
+    @asynccontextmanager
+    async def asked(self, request: httpcore.Request) -> AsyncIterator[httpcore.Response]:
+        """The response to a request; its connection can be used again when the block has read the whole body."""
+        origin = str(request.url.origin)
+        while True:
+            connection = await self._kept(origin) or httpcore.AsyncHTTPConnection(request.url.origin, **self._options)
+            try:
+                response = await connection.handle_async_request(request)
+                break
+            except httpcore.ConnectionNotAvailable:  # an HTTP/2 server that wants no more requests on it
+                self._shared.pop(origin, None)
+        multiplexed = response.extensions.get("http_version") == b"HTTP/2"
+        if multiplexed:
+            self._shared[origin] = self._shared.pop(origin, connection)
+        try:
+            yield response
+        finally:
+            await response.aclose()
+            if connection.is_idle() and not multiplexed:
+                self._idle[origin] = [*self._idle.pop(origin, []), connection]
+            elif connection.is_idle() and self._shared.get(origin) is not connection:
+                await connection.aclose()  # two were made at once; one is enough
+            await self._shrink()
+
+    async def aclose(self) -> None:
+        self._most = 0
+        await self._shrink()
+
+    async def _kept(self, origin: str) -> httpcore.AsyncHTTPConnection | None:
+        shared = self._shared.get(origin)
+        if shared is not None and shared.is_available() and not (shared.is_idle() and shared.has_expired()):
+            return shared
+        while kept := self._idle.get(origin):
+            connection = kept.pop()  # the one that was used last is the least likely to have been closed
+            if not connection.has_expired():
+                return connection
+            await connection.aclose()
+        self._idle.pop(origin, None)
+        return None
+
+    async def _shrink(self) -> None:
+        surplus = sum(map(len, self._idle.values())) + len(self._shared) - self._most
+        while surplus > 0 and (connection := self._oldest()):
+            surplus -= 1
+            await connection.aclose()
+
+    def _oldest(self) -> httpcore.AsyncHTTPConnection | None:
+        """A connection that nobody uses, taken out."""
+        for origin, kept in list(self._idle.items()):
+            if kept:
+                return kept.pop(0)
+            del self._idle[origin]
+        for origin, shared in self._shared.items():
+            if shared.is_idle() or shared.is_closed():
+                return self._shared.pop(origin)
+        return None
+
+
 @dataclass
 class _Clock:
     """The seconds that one image may still spend with its source."""
@@ -285,10 +360,9 @@ class Fetcher:
         self.in_flight = 0
         # httpcore, not httpx: it lets us choose who dials, never reads the environment (a proxy would dial unchecked
         # addresses), and follows no redirect by itself.
-        self._pool = httpcore.AsyncConnectionPool(
+        self._connections = _Connections(
+            settings.concurrency,
             ssl_context=ssl.create_default_context(),
-            max_connections=settings.concurrency,
-            max_keepalive_connections=settings.concurrency,
             keepalive_expiry=10.0,
             http1=True,
             http2=True,
@@ -304,7 +378,7 @@ class Fetcher:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._pool.aclose()
+        await self._connections.aclose()
 
     async def fetch(self, url: str, *, etag: str | None = None, last_modified: str | None = None) -> Fetched:
         """Fetch one URL, with retries and redirects, within the total deadline.
@@ -418,10 +492,9 @@ class Fetcher:
     async def _request(self, url: httpx.URL, conditions: list[tuple[bytes, bytes]]) -> AsyncIterator[httpcore.Response]:
         headers = [(b"Host", url.netloc), *HEADERS, *conditions]
         address = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
+        request = httpcore.Request(b"GET", address, headers=headers, extensions={"timeout": self._timeouts})
         try:
-            async with self._pool.stream(
-                b"GET", address, headers=headers, extensions={"timeout": self._timeouts}
-            ) as response:
+            async with self._connections.asked(request) as response:
                 yield response
         except httpcore.TimeoutException as error:
             raise FetchFailed(f"The source is too slow ({type(error).__name__}).", reason="timeout") from error

@@ -28,8 +28,8 @@ from lawnwatch import images
 from lawnwatch.catalog import Catalog, ImageRecord, SourceStatus, utc_now
 from lawnwatch.config import Settings
 from lawnwatch.errors import BlockedSource, ImageTooLarge, InputError, NotFound
-from lawnwatch.ingest import PATIENCE, first_error, interruptible, patiently
-from lawnwatch.net import Fetched, Fetcher, FetchFailed, NotModified
+from lawnwatch.ingest import CLAIM_WINDOW, PATIENCE, first_error, interruptible, patiently
+from lawnwatch.net import Fetcher, FetchFailed, NotModified
 from lawnwatch.store import ObjectStore
 
 PROGRESS_SECONDS = 2.0
@@ -37,6 +37,7 @@ PAGE = 500  # records read at once
 LISTED = 100  # the most records that each list of the report names
 OTHER_SOURCES = 10  # the most other records of the same picture that are asked for its bytes
 READ_BYTES = 1 << 20
+LOST = "object_lost: the stored object is missing or damaged, and no source gives its bytes any more"
 T = TypeVar("T")
 
 
@@ -130,12 +131,11 @@ class _Recheck:
         self.stopping = threading.Event()
         self.workers = ThreadPoolExecutor(settings.fetch.concurrency, thread_name_prefix="recheck")
         self.database = ThreadPoolExecutor(2, thread_name_prefix="catalog")
-        self.repairs: dict[str, asyncio.Lock] = {}  # by SHA-256: copies of one picture share one object
         self.started = time.monotonic()
 
     async def whole(self, before: datetime, limit: int | None) -> RecheckReport:
-        # Twice as many records as slots: enough to keep every slot busy, few enough to be nothing.
-        window = asyncio.Semaphore(2 * self.settings.fetch.concurrency)
+        # Records under way: few enough to be nothing, enough to pass over those whose host is busy or rests.
+        window = asyncio.Semaphore(CLAIM_WINDOW * self.settings.fetch.concurrency)
         try:
             async with Fetcher(self.settings.fetch) as fetcher, asyncio.TaskGroup() as group:
                 ticker = group.create_task(self._ticker())
@@ -198,18 +198,16 @@ class _Recheck:
 
     async def _record(self, fetcher: Fetcher, record: Stored) -> None:
         sound = not self.objects or await self._in_store(partial(self._is_sound, record))
-        values: dict[str, Any] = {}
-        fetched: Fetched | None = None
+        values: dict[str, Any] = await self._ask(fetcher, record) if self.sources else {}
+        mended = sound or await self._repair(fetcher, record)
+        lost = await self._in_database(partial(self._write, record, values, mended))
+        self.report.checked += 1
         if self.sources:
-            # Only a sound object lets the source say "nothing newer"; for a broken one its bytes are needed.
-            status, fetched = await self._ask(fetcher, record, conditionally=sound)
-            values["source_status"] = status
-            if fetched is not None and status == "same":
-                values |= {"etag": fetched.etag, "last_modified": fetched.last_modified}
-        if not sound:
-            values |= await self._repair(fetcher, record, fetched if values.get("source_status") == "same" else None)
-        await self._in_database(partial(self._write, record, values))
-        self._count(record, sound, values)
+            self._count(values["source_status"], record.url)
+        if self.objects and mended:
+            self._count("sound" if sound else "repaired", record.url)
+        for url in lost:
+            self._count("lost", url)
 
     def _is_sound(self, record: Stored) -> bool:
         digest = hashlib.sha256()
@@ -221,43 +219,28 @@ class _Recheck:
             return False
         return digest.hexdigest() == record.sha256
 
-    async def _ask(
-        self, fetcher: Fetcher, record: Stored, *, conditionally: bool
-    ) -> tuple[SourceStatus, Fetched | None]:
-        known = {"etag": record.etag, "last_modified": record.last_modified} if conditionally else {}
+    async def _ask(self, fetcher: Fetcher, record: Stored) -> dict[str, Any]:
+        """What the source says now, as columns."""
+        status: SourceStatus
         try:
-            fetched = await fetcher.fetch(record.url, **known)
+            async with fetcher.fetching(record.url, etag=record.etag, last_modified=record.last_modified) as fetched:
+                if hashlib.sha256(fetched.data).hexdigest() == record.sha256:
+                    return {"source_status": "same", "etag": fetched.etag, "last_modified": fetched.last_modified}
+            status = "changed"
         except NotModified:
-            return "same", None
+            status = "same"
         except ImageTooLarge:
-            return "changed", None
+            status = "changed"
         except BlockedSource:
-            return "gone", None
+            status = "gone"
         except FetchFailed as error:
-            return ("gone" if error.permanent else "unreachable"), None
-        return ("same" if hashlib.sha256(fetched.data).hexdigest() == record.sha256 else "changed"), fetched
+            status = "gone" if error.permanent else "unreachable"
+        return {"source_status": status}
 
-    async def _repair(self, fetcher: Fetcher, record: Stored, fetched: Fetched | None) -> dict[str, Any]:
-        """Put the object back from any source that still gives its bytes; returns what is to be recorded."""
-        async with self.repairs.setdefault(record.sha256, asyncio.Lock()):
-            if await self._in_store(partial(self._is_sound, record)):
-                return {}  # a copy of the same picture was here first
-            data = fetched.data if fetched else await self._from_any_source(fetcher, record)
-            if data is not None:
-                put = partial(
-                    self.store.put,
-                    record.object_key,
-                    data,
-                    content_type=images.MEDIA_TYPES[record.format],
-                    sha256=record.sha256,
-                )
-                await self._in_store(put)
-                return {}
-        reason = "object_lost: the stored object is missing or damaged, and no source gives its bytes any more"
-        return {"state": "quarantined", "reason": reason}
+    async def _repair(self, fetcher: Fetcher, record: Stored) -> bool:
+        """Put the object back from any source that still gives its bytes; whether that was possible."""
 
-    async def _from_any_source(self, fetcher: Fetcher, record: Stored) -> bytes | None:
-        def candidates() -> list[str]:
+        def sources() -> list[str]:
             with self.catalog.session() as session:
                 query = (
                     sa.select(ImageRecord.url)
@@ -267,35 +250,46 @@ class _Recheck:
                 )
                 return list(session.scalars(query))
 
-        for url in await self._in_database(candidates):
+        for url in await self._in_database(sources):
             try:
-                fetched = await fetcher.fetch(url)
+                async with fetcher.fetching(url) as fetched:
+                    if hashlib.sha256(fetched.data).hexdigest() != record.sha256:
+                        continue
+                    put = partial(
+                        self.store.put,
+                        record.object_key,
+                        fetched.data,
+                        content_type=images.MEDIA_TYPES[record.format],
+                        sha256=record.sha256,
+                    )
+                    await self._in_store(put)
+                    return True
             except (BlockedSource, ImageTooLarge, FetchFailed):
                 continue
-            if hashlib.sha256(fetched.data).hexdigest() == record.sha256:
-                return fetched.data
-        return None
+        # Another record of the same picture may have been luckier at the same time.
+        return await self._in_store(partial(self._is_sound, record))
 
-    def _write(self, record: Stored, values: dict[str, Any]) -> None:
+    def _write(self, record: Stored, values: dict[str, Any], mended: bool) -> list[str]:
+        """Record what was found; returns the URLs of the records that lost their object, copies included."""
         with self.catalog.session() as session:
             session.execute(
                 sa.update(ImageRecord)
-                # Not the record of somebody who relabelled, retried or quarantined it meanwhile.
+                # Not the record of somebody who retried or quarantined it meanwhile.
                 .where(ImageRecord.id == record.id, ImageRecord.state == "stored", ImageRecord.sha256 == record.sha256)
                 .values(**values, checked_at=utc_now())
             )
+            if mended:
+                return []
+            losing = (ImageRecord.state == "stored", ImageRecord.sha256 == record.sha256)
+            urls = list(session.scalars(sa.select(ImageRecord.url).where(*losing).order_by(ImageRecord.id)))
+            session.execute(sa.update(ImageRecord).where(*losing).values(state="quarantined", reason=LOST))
+            return urls
 
-    def _count(self, record: Stored, sound: bool, values: dict[str, Any]) -> None:
-        report = self.report
-        report.checked += 1
-        found = [values["source_status"]] if "source_status" in values else []
-        if self.objects:
-            found.append("sound" if sound else "lost" if "state" in values else "repaired")
-        for what in found:
-            setattr(report, what, getattr(report, what) + 1)
-            listed = getattr(report, f"{what}_urls", None)
-            if listed is not None and len(listed) < LISTED:
-                listed.append(record.url)
+    def _count(self, found: str, url: str) -> None:
+        setattr(self.report, found, getattr(self.report, found) + 1)
+        listed = getattr(self.report, f"{found}_urls", None)
+        if listed is not None and len(listed) < LISTED:
+            listed.append(url)
 
     # --- threads and people -----------------------------------------------------------------------------------------
 
