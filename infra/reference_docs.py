@@ -50,7 +50,8 @@ Progress goes to stderr, one JSON object to stdout, so `lawnwatch STEP | jq` wor
 | 6 | somebody else changed it first |
 | 7 | the rollout failed; the old model serves |
 | 99 | nothing to do |
-| 130 | interrupted |
+| 130 | interrupted (SIGINT) |
+| 143 | told to stop (SIGTERM) |
 """
 
 

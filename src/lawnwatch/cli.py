@@ -4,7 +4,7 @@ Progress for people goes to stderr, one JSON object goes to stdout, and the exit
 
 0 done · 1 a fault of ours · 2 wrong input or settings · 3 the data cannot carry the step · 4 bytes are not
 what their hash says · 5 a server does not answer · 6 somebody else was first · 7 the rollout failed, the old
-model serves · 99 nothing to do · 130 interrupted.
+model serves · 99 nothing to do · 130 interrupted (SIGINT) · 143 told to stop (SIGTERM).
 """
 
 from __future__ import annotations
@@ -30,20 +30,25 @@ from lawnwatch.config import Settings, get_settings
 from lawnwatch.errors import NOTHING_TO_DO, InputError, IntegrityError, LawnwatchError
 from lawnwatch.store import ObjectStore, open_store
 
+INTERRUPTED, TOLD_TO_STOP = 128 + signal.SIGINT, 128 + signal.SIGTERM
+
 app = typer.Typer(
     help="From a table of labelled image URLs to a watched image-classification service. "
     "One command per step; progress on stderr, one JSON object on stdout.",
     epilog="Exit codes: 0 done, 1 internal, 2 wrong input or settings, 3 data cannot carry the step, "
-    "4 integrity, 5 server unavailable, 6 conflict, 7 rollout failed, 99 nothing to do, 130 interrupted.",
+    "4 integrity, 5 server unavailable, 6 conflict, 7 rollout failed, 99 nothing to do, 130 interrupted, "
+    "143 told to stop.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 catalog_app = typer.Typer(help="The image records: which pictures there are and what they show.", no_args_is_help=True)
+data_app = typer.Typer(help="Look after what is stored: quality report and recheck.", no_args_is_help=True)
 snapshot_app = typer.Typer(help="Immutable lists of images with their splits.", no_args_is_help=True)
 model_app = typer.Typer(help="Model versions, and which of them is champion.", no_args_is_help=True)
 rollout_app = typer.Typer(help="Which released model version is served.", no_args_is_help=True)
 app.add_typer(catalog_app, name="catalog")
+app.add_typer(data_app, name="data")
 app.add_typer(snapshot_app, name="snapshot")
 app.add_typer(model_app, name="model")
 app.add_typer(rollout_app, name="rollout")
@@ -187,13 +192,41 @@ def catalog_relabel(
 def ingest_command(
     labels: Annotated[str, typer.Option(help="Only these labels, separated by commas.")] = "",
     limit: Annotated[int | None, typer.Option(min=1, help="Fetch at most so many images.")] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Fetch nothing; print how the pending images are shared among parallel runs.")
+    ] = False,
 ) -> None:
     """Fetch, validate and store every pending image of the catalog."""
     from lawnwatch import ingest
 
-    settings, catalog, store = opened()
     wanted = [label.strip() for label in labels.split(",") if label.strip()] or None
+    if plan:
+        catalog = opened_catalog()
+        emit(ingest.plan(catalog.settings, catalog, labels=wanted, limit=limit))
+    settings, catalog, store = opened()
     emit(ingest.run(settings, catalog, store, labels=wanted, limit=limit, progress=progress))
+
+
+@data_app.command("recheck", epilog="Example: lawnwatch data recheck --older-than 30 --limit 10000")
+def data_recheck(
+    limit: Annotated[int | None, typer.Option(min=1, help="Recheck at most so many images.")] = None,
+    older_than: Annotated[
+        float, typer.Option(min=0, help="Only images that were not rechecked in so many days.", metavar="DAYS")
+    ] = 0.0,
+    sources: Annotated[
+        bool, typer.Option("--sources/--no-sources", help="Ask the sources whether they still give the same picture.")
+    ] = True,
+    objects: Annotated[
+        bool, typer.Option("--objects/--no-objects", help="Read the stored objects and compare their SHA-256.")
+    ] = True,
+) -> None:
+    """Find sources that died or changed and objects that rotted; repair from source. Exit code 4 when one is lost."""
+    from lawnwatch import recheck
+
+    report = recheck.run(
+        *opened(), limit=limit, older_than_days=older_than, sources=sources, objects=objects, progress=progress
+    )
+    emit(report, exit_code=IntegrityError.exit_code if report.lost else 0)
 
 
 @snapshot_app.command("create", epilog="Example: lawnwatch snapshot create")
@@ -449,10 +482,14 @@ def keep_traceback() -> str:
     return f"Please report it with {file}."
 
 
+def stop(_number: int, _frame: object) -> NoReturn:
+    """End as on Ctrl-C, context managers run and nothing stays half written, but with SIGTERM's own exit code."""
+    raise SystemExit(TOLD_TO_STOP)
+
+
 def main() -> None:
     """Run the program; no traceback reaches a user but for a fault of ours."""
-    # A step that is told to stop ends as on Ctrl-C: context managers run, nothing stays half written.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, stop)
     try:
         code = app(standalone_mode=False) or 0
     except typer.TyperException as error:
@@ -463,11 +500,14 @@ def main() -> None:
     except LawnwatchError as error:
         code = fail(error)
     except (KeyboardInterrupt, typer.Abort):
-        progress("interrupted; run the same command again to go on where it stopped")
-        code = 130
+        code = INTERRUPTED
+    except SystemExit as end:
+        code = int(end.code or 0)
     # The edge of the program: the traceback is for us, not for the user.
     except Exception as error:  # noqa: BLE001
         code = fail(LawnwatchError(f"A fault of ours: {type(error).__name__}: {error}.", hint=keep_traceback()))
+    if code in (INTERRUPTED, TOLD_TO_STOP):
+        progress("interrupted; run the same command again to go on where it stopped")
     sys.exit(code)
 
 

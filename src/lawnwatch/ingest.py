@@ -1,30 +1,57 @@
 """Ingest: claim → fetch → validate → put → record, image by image, each at most once and resumable at any point.
 
-An image that cannot be had ends as a recorded reason and does not stop the others. Bytes go to the store under their
-SHA-256 before the record says so, so a record that says `stored` always has its object.
+The steps run side by side: a claimer keeps a little more work claimed than can be done at once, each image is fetched
+and put by a task of its own, and a recorder writes outcomes in groups. An image that cannot be had ends as a recorded
+reason and does not stop the others. Bytes go to the store under their SHA-256 before the record says so, so a record
+that says `stored` always has its object.
+
+Memory is bounded whatever happens: at most `fetch.concurrency` bodies are alive, because the slot of a fetch is given
+back only when its bytes are in the store. When store or database are away, that is nobody's fault but ours: the work is
+tried again for PATIENCE seconds, then the run ends as Unavailable and gives its claims back.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import random
+import signal
+import threading
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
-from lawnwatch import images
-from lawnwatch.catalog import Catalog, ImageRecord, utc_now, worker_name
+import sqlalchemy as sa
+from prometheus_client import CollectorRegistry, Histogram, disable_created_metrics, write_to_textfile
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from lawnwatch import images, log
+from lawnwatch.catalog import Catalog, ImageRecord, Label, utc_now, worker_name
 from lawnwatch.config import Settings
-from lawnwatch.errors import BlockedSource, DataError, ImageError, Unavailable
+from lawnwatch.errors import BlockedSource, DataError, ImageError, LawnwatchError, Unavailable
 from lawnwatch.net import Fetched, Fetcher, FetchFailed, Refused
 from lawnwatch.store import ObjectStore
 
 PROGRESS_SECONDS = 2.0
+RATE_SECONDS = 30.0  # the rate shown is that of so many last seconds
+RECORD_SECONDS = 0.5
+RECORD_IMAGES = 64
+LEASE_SECONDS = 120.0  # how long the claims of a worker that died on another machine are waited for
+CLAIM_AHEAD = 2  # images claimed and not waiting for their host, per slot
+CLAIM_WINDOW = 32  # images claimed in all, per slot: how far a busy or resting host's images are passed over
+PATIENCE = 60.0  # seconds that a store or database may be away before the run gives up
+GIVE_BACK_SECONDS = 10.0  # for the claims of an interrupted run
 BAD = ("quarantined", "blocked", "gone", "failed")
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series beside each counter, which nobody reads
+logger = log.get(__name__)
+T = TypeVar("T")
 
 
 @dataclass
@@ -41,6 +68,41 @@ class IngestReport:
     seconds: float = 0.0
     reasons: dict[str, int] = field(default_factory=dict)
     message: str = ""
+
+
+@dataclass
+class IngestPlan:
+    """How the pending images are shared among runs side by side.
+
+    Attributes:
+        pending: images to fetch.
+        batches: the command line of each run, without the program's name.
+    """
+
+    pending: int
+    batches: list[list[str]]
+    message: str = ""
+
+
+def plan(
+    settings: Settings, catalog: Catalog, *, labels: list[str] | None = None, limit: int | None = None
+) -> IngestPlan:
+    """Share the pending images among equal runs of about `data.batch_images`, at most `data.max_batches`.
+
+    The runs claim what they fetch, so they may run in any order, at once or one after the other, and be repeated.
+
+    Raises:
+        DataError: an empty catalog, or an unknown label.
+    """
+    pending = _pending(catalog, labels)
+    pending = min(pending, limit) if limit else pending
+    if not pending:
+        return IngestPlan(0, [], "Nothing new: no image record is pending.")
+    count = min(-(-pending // settings.data.batch_images), settings.data.max_batches)
+    share, rest = divmod(pending, count)
+    only = [f"--labels={','.join(labels)}"] if labels else []
+    batches = [["ingest", *only, f"--limit={share + (number < rest)}"] for number in range(count)]
+    return IngestPlan(pending, batches, f"{pending:,} image(s) to fetch in {count} batch(es).")
 
 
 def run(
@@ -62,14 +124,86 @@ def run(
     Raises:
         DataError: an empty catalog, an unknown label, or more failed images than `max_bad_ratio`; by then everything
             is recorded.
-        Unavailable: database or store do not answer; what was claimed is given back.
+        Unavailable: database or store stayed away for PATIENCE seconds; what was claimed is given back.
+        KeyboardInterrupt: SIGINT or SIGTERM; what was finished is recorded, the rest is given back.
     """
-    if catalog.status().total == 0:
-        raise DataError(
-            "The catalog is empty: there is nothing to fetch.",
-            hint="Add image records with `lawnwatch catalog add` or `lawnwatch catalog import`.",
+    total = _pending(catalog, labels)
+    ingest = _Run(settings, catalog, store, labels, limit, progress, min(total, limit) if limit else total)
+    with interruptible() as interruption:
+        return asyncio.run(interruption.heeded(ingest.whole()))
+
+
+def _pending(catalog: Catalog, labels: list[str] | None) -> int:
+    """How many records a run could claim now. Raises DataError."""
+    with catalog.session() as session:
+        if session.scalar(sa.select(ImageRecord.id).limit(1)) is None:
+            raise DataError(
+                "The catalog is empty: there is nothing to fetch.",
+                hint="Add image records with `lawnwatch catalog add` or `lawnwatch catalog import`.",
+            )
+        free = sa.or_(
+            ImageRecord.state == "pending",
+            sa.and_(ImageRecord.state == "claimed", ImageRecord.claimed_until < utc_now()),
         )
-    return asyncio.run(_Run(settings, catalog, store, labels, limit, progress).whole())
+        query = sa.select(sa.func.count()).select_from(ImageRecord).where(free)
+        if labels:
+            known = dict(session.execute(sa.select(Label.name, Label.id).where(Label.name.in_(labels))).all())
+            if unknown := set(labels) - known.keys():
+                raise DataError(
+                    f"The catalog has no label {', '.join(sorted(unknown))}.",
+                    hint="`lawnwatch catalog status` lists the labels.",
+                )
+            query = query.where(ImageRecord.label_id.in_(known.values()))
+        return int(session.scalar(query) or 0)
+
+
+# --- being interrupted ----------------------------------------------------------------------------------------------
+
+
+class Interruption:
+    """SIGINT or SIGTERM while a run is under way: the run is cancelled and cleans up, then the signal takes effect."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._cancel: Callable[[], object] = lambda: None
+
+    async def heeded(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do `work` in this loop; a signal cancels it, once: a second one does not disturb the cleaning up."""
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(work)
+        self._cancel = partial(loop.call_soon_threadsafe, task.cancel)
+        try:
+            return await task
+        finally:
+            self._cancel = lambda: None
+
+    def came(self, number: int, _frame: object) -> None:
+        if self.signal is None:
+            self.signal = number
+            self._cancel()
+
+
+@contextmanager
+def interruptible() -> Iterator[Interruption]:
+    """Turn SIGINT and SIGTERM into a cancellation of the work inside, and raise them again when it has cleaned up."""
+    interruption = Interruption()
+    if threading.current_thread() is not threading.main_thread():
+        yield interruption  # signals reach the main thread only
+        return
+    before = {number: signal.signal(number, interruption.came) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interruption
+    except asyncio.CancelledError:
+        if interruption.signal is None:
+            raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if interruption.signal is not None:
+            signal.raise_signal(interruption.signal)
+
+
+# --- one run --------------------------------------------------------------------------------------------------------
 
 
 class _Run:
@@ -81,94 +215,120 @@ class _Run:
         labels: list[str] | None,
         limit: int | None,
         progress: Callable[[str], None],
+        total: int,
     ) -> None:
         self.settings, self.catalog, self.store = settings, catalog, store
-        self.labels, self.limit, self.progress = labels, limit, progress
+        self.labels, self.limit, self.progress, self.total = labels, limit, progress, total
         self.worker = worker_name()
         self.report = IngestReport()
         self.reasons: Counter[str] = Counter()
-        self.threads = ThreadPoolExecutor(max_workers=settings.fetch.concurrency, thread_name_prefix="ingest")
+        self.metrics = IngestMetrics(settings.metrics_dir)
+        self.held: set[int] = set()  # claimed and not recorded yet
+        self.outcomes: list[tuple[int, dict[str, Any]]] = []
+        self.moved = asyncio.Event()  # an image needs no slot any more
+        self.recordable = asyncio.Event()  # a whole group of outcomes waits
+        self.stopping = threading.Event()  # for the threads, which nobody can cancel
+        # The database has threads of its own: a claim must not stand in line behind slow puts.
+        self.workers = ThreadPoolExecutor(settings.fetch.concurrency, thread_name_prefix="ingest")
+        self.database = ThreadPoolExecutor(2, thread_name_prefix="catalog")
         self.started = time.monotonic()
-        self.total = 0
+        self.recent: deque[tuple[float, int]] = deque([(self.started, 0)])
 
     async def whole(self) -> IngestReport:
-        pending = await self._blocking(self.catalog.status)
-        self.total = pending.by_state.get("pending", 0) + pending.by_state.get("claimed", 0)
-        self.total = min(self.total, self.limit) if self.limit else self.total
-        # A lease outlives the slowest image of its batch, so no living worker's claim runs out.
-        lease = 2 * self.settings.fetch.total_timeout + 60
-        batch = self.settings.fetch.concurrency * 2
-        ticker = asyncio.create_task(self._tick())
-        held: list[int] = []
         try:
-            async with Fetcher(self.settings.fetch) as fetcher:
-                while True:
-                    wanted = batch if self.limit is None else min(batch, self.limit - self.report.claimed)
-                    if wanted <= 0:
-                        break
-                    claim = partial(
-                        self.catalog.claim, wanted, worker=self.worker, lease_seconds=lease, labels=self.labels
-                    )
-                    records = await self._blocking(self.catalog.retried, claim)
-                    if not records:
-                        break
-                    held = [record.id for record in records]
-                    self.report.claimed += len(records)
-                    await self._batch(fetcher, records)
-                    held = []
+            async with Fetcher(self.settings.fetch) as fetcher, asyncio.TaskGroup() as group:
+                beside = [
+                    group.create_task(each) for each in (self._recorder(), self._ticker(fetcher), self._renewer())
+                ]
+                async with asyncio.TaskGroup() as images_:
+                    await self._claimer(fetcher, images_)
+                for task in beside:
+                    task.cancel()
+            await self._record()
+        except BaseExceptionGroup as errors:
+            raise first_error(errors) from None
         finally:
-            ticker.cancel()
-            if held:
-                self._give_back(held)
-            self.threads.shutdown(wait=False, cancel_futures=True)
+            self.stopping.set()
+            await self._give_back()
+            self.workers.shutdown(wait=False, cancel_futures=True)
+            self.database.shutdown(wait=False, cancel_futures=True)
+            self.report.seconds = round(time.monotonic() - self.started, 3)
+            self.report.reasons = dict(self.reasons.most_common())
+            self.metrics.write(self.report, in_flight=0)
         return self._finished()
 
-    async def _batch(self, fetcher: Fetcher, records: list[ImageRecord]) -> None:
-        gate = asyncio.Semaphore(self.settings.fetch.concurrency)
+    # --- the pipeline -----------------------------------------------------------------------------------------------
 
-        async def one(record: ImageRecord) -> tuple[int, dict[str, Any]]:
-            async with gate:
-                return record.id, await self._image(fetcher, record)
+    async def _claimer(self, fetcher: Fetcher, group: asyncio.TaskGroup) -> None:
+        """Start a task per pending image, as far ahead as there are slots to fill."""
+        slots = self.settings.fetch.concurrency
+        while (left := slots if self.limit is None else self.limit - self.report.claimed) > 0:
+            active = len(self.held) - len(self.outcomes) - fetcher.waiting
+            wanted = min(slots * CLAIM_AHEAD - active, slots * CLAIM_WINDOW - len(self.held))
+            if wanted < min(slots, left):
+                self.moved.clear()
+                with suppress(TimeoutError):  # a host that goes to rest frees room too, and says nothing
+                    async with asyncio.timeout(0.1):
+                        await self.moved.wait()
+                continue
+            if self.limit is not None:
+                wanted = min(wanted, left)
+            records = await self._claim(wanted)
+            if not records:
+                return
+            for record in records:
+                group.create_task(self._image(fetcher, record))
 
-        # A task group: when the store fails, the batch's other images are cancelled, not left running.
+    async def _claim(self, wanted: int) -> list[ImageRecord]:
+        def claim() -> list[ImageRecord]:
+            if self.stopping.is_set():
+                return []
+            return self.catalog.claim(wanted, worker=self.worker, lease_seconds=LEASE_SECONDS, labels=self.labels)
+
+        claiming = asyncio.get_running_loop().run_in_executor(
+            self.database, partial(self.catalog.retried, claim, patience=PATIENCE)
+        )
         try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(record)) for record in records]
-        except ExceptionGroup as group_error:
-            raise group_error.exceptions[0] from None
-        outcomes = [task.result() for task in tasks]
-        await self._blocking(self.catalog.retried, partial(self.catalog.finish, self.worker, outcomes))
-        for _, values in outcomes:
-            state = str(values["state"])
-            setattr(self.report, state, getattr(self.report, state) + 1)
-            self.report.bytes += values.get("bytes") or 0
-            if state != "stored":
-                self.reasons[str(values["reason"]).partition(":")[0]] += 1
+            records = await asyncio.shield(claiming)
+        except asyncio.CancelledError:
+            # The thread goes on; what it claims must be given back too.
+            self.stopping.set()
+            with suppress(LawnwatchError):
+                self.held |= {record.id for record in await claiming}
+            raise
+        self.report.claimed += len(records)
+        self.held |= {record.id for record in records}
+        return records
 
-    async def _image(self, fetcher: Fetcher, record: ImageRecord) -> dict[str, Any]:
+    async def _image(self, fetcher: Fetcher, record: ImageRecord) -> None:
         """One image's road; whatever its source does wrong becomes a state and a reason."""
-        attempts = record.attempts + 1
         try:
-            fetched = await fetcher.fetch(record.url)
-            return {**await self._blocking(self._keep, fetched), "attempts": attempts, "fetched_at": utc_now()}
+            async with fetcher.fetching(record.url) as fetched:
+                self.metrics.fetched(fetched)
+                values = await asyncio.get_running_loop().run_in_executor(self.workers, self._keep, fetched)
         except BlockedSource as error:
-            state, reason = "blocked", f"{error.reason if isinstance(error, Refused) else error.code}: {error.message}"
+            values = _bad("blocked", error.reason if isinstance(error, Refused) else error.code, error)
         except FetchFailed as error:
-            state = "gone" if error.permanent else "failed"
-            reason = f"{error.reason}: {error.message}"
+            values = _bad("gone" if error.permanent else "failed", error.reason, error)
         except ImageError as error:
-            state, reason = "quarantined", f"{error.code}: {error.message}"
-        return {"state": state, "reason": reason[:500], "attempts": attempts, "fetched_at": utc_now()}
+            values = _bad("quarantined", error.code, error)
+        self.outcomes.append((record.id, {**values, "attempts": record.attempts + 1, "fetched_at": utc_now()}))
+        self.moved.set()
+        if len(self.outcomes) >= RECORD_IMAGES:
+            self.recordable.set()
 
     def _keep(self, fetched: Fetched) -> dict[str, Any]:
         """Validate by decoding, then put under the SHA-256; runs in a thread."""
         data = fetched.data
-        cap = self.settings.images.max_pixels
-        info = images.inspect(data, max_pixels=cap)
-        rgb = images.decode(data, size=images.SIZE, max_pixels=cap)
+        info, rgb = images.inspect_and_decode(data, max_pixels=self.settings.images.max_pixels)
         sha256 = hashlib.sha256(data).hexdigest()
-        key = f"images/{sha256[:2]}/{sha256}.{images.EXTENSIONS[info.format]}"
-        self.store.put(key, data, content_type=images.MEDIA_TYPES[info.format], if_absent=True, sha256=sha256)
+        key = object_key(sha256, info.format)
+        # Put outright, not if absent: asking first costs a round trip for every image, and an object that rotted
+        # under this key is mended on the way.
+        patiently(
+            partial(self.store.put, key, data, content_type=images.MEDIA_TYPES[info.format], sha256=sha256),
+            self.stopping,
+        )
         return {
             "state": "stored",
             "reason": None,
@@ -185,36 +345,88 @@ class _Run:
             "last_modified": fetched.last_modified,
         }
 
-    async def _blocking(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.threads, lambda: function(*args, **kwargs))
-
-    async def _tick(self) -> None:
+    async def _recorder(self) -> None:
         while True:
-            await asyncio.sleep(PROGRESS_SECONDS)
-            self.progress(self._line())
+            with suppress(TimeoutError):
+                async with asyncio.timeout(RECORD_SECONDS):
+                    await self.recordable.wait()
+            self.recordable.clear()
+            await self._record()
 
-    def _line(self) -> str:
-        report = self.report
-        done = sum(getattr(report, state) for state in ("stored", *BAD))
-        rate = done / max(time.monotonic() - self.started, 1e-9)
-        left = (self.total - done) / rate if rate else 0.0
-        bad = ", ".join(f"{getattr(report, state)} {state}" for state in BAD if getattr(report, state))
-        return (
-            f"{done} of {self.total} images, {report.stored} stored{', ' + bad if bad else ''}, "
-            f"{rate:.0f}/s, about {max(left, 0):.0f} s left"
+    async def _record(self) -> None:
+        """Write the outcomes that wait."""
+        while group := self.outcomes[: RECORD_IMAGES * 4]:
+            await self._in_database(partial(self.catalog.finish, self.worker, group))
+            del self.outcomes[: len(group)]
+            self.held -= {number for number, _ in group}
+            for _, values in group:
+                state = str(values["state"])
+                setattr(self.report, state, getattr(self.report, state) + 1)
+                self.report.bytes += values.get("bytes") or 0
+                if state != "stored":
+                    self.reasons[str(values["reason"]).partition(":")[0]] += 1
+            self.moved.set()
+
+    async def _renewer(self) -> None:
+        """Keep the claims of what still waits: a long queue is no dead worker."""
+        while True:
+            await asyncio.sleep(LEASE_SECONDS / 3)
+            with suppress(Unavailable):  # the recorder will say so, if it lasts
+                renew = partial(self.catalog.renew, self.worker, sorted(self.held), lease_seconds=LEASE_SECONDS)
+                await asyncio.get_running_loop().run_in_executor(self.database, renew)
+
+    async def _give_back(self) -> None:
+        """Record what is finished and undo the other claims, so that the next run need not wait for the lease."""
+        if not self.held:
+            return
+        done = {number for number, _ in self.outcomes}
+        rest: list[tuple[int, dict[str, Any]]] = [(each, {"state": "pending"}) for each in sorted(self.held - done)]
+        finish = partial(self.catalog.finish, self.worker, [*self.outcomes, *rest])
+        try:
+            async with asyncio.timeout(GIVE_BACK_SECONDS):
+                await asyncio.get_running_loop().run_in_executor(
+                    self.database, partial(self.catalog.retried, finish, patience=GIVE_BACK_SECONDS / 2)
+                )
+        except (Unavailable, TimeoutError):
+            self.progress("the database is gone; the claims come back when their lease runs out")
+
+    async def _in_database(self, work: Callable[[], T]) -> T:
+        """Do `work` in a thread, again for a while if the database is away; not any more once the run is stopping."""
+
+        def unless_stopping() -> T:
+            if self.stopping.is_set():
+                raise Unavailable("The run is ending.")
+            return work()
+
+        return await asyncio.get_running_loop().run_in_executor(
+            self.database, partial(self.catalog.retried, unless_stopping, patience=PATIENCE)
         )
 
-    def _give_back(self, held: list[int]) -> None:
-        """Undo the claims of an interrupted batch, so that the next run need not wait for the lease."""
-        try:
-            self.catalog.finish(self.worker, ((number, {"state": "pending"}) for number in held))
-        except Unavailable:
-            self.progress("the database is gone; the claims come back when their lease runs out")
+    # --- what people see --------------------------------------------------------------------------------------------
+
+    async def _ticker(self, fetcher: Fetcher) -> None:
+        while True:
+            await asyncio.sleep(PROGRESS_SECONDS)
+            self.progress(self._line(fetcher))
+            self.report.seconds = round(time.monotonic() - self.started, 3)
+            self.metrics.write(self.report, in_flight=fetcher.in_flight)
+
+    def _line(self, fetcher: Fetcher) -> str:
+        report, now = self.report, time.monotonic()
+        done = sum(getattr(report, state) for state in ("stored", *BAD))
+        self.recent.append((now, done))
+        while len(self.recent) > 2 and now - self.recent[1][0] >= RATE_SECONDS:
+            self.recent.popleft()
+        since, before = self.recent[0]
+        rate = (done - before) / max(now - since, 1e-9)
+        total = max(self.total, done)  # more may have been added since
+        left = f"about {(total - done) / rate:,.0f} s left" if rate else "nothing finished of late"
+        bad = "".join(f", {getattr(report, state):,} {state}" for state in BAD if getattr(report, state))
+        waiting = f", {fetcher.waiting:,} waiting for their host" if fetcher.waiting else ""
+        return f"{done:,} of {total:,} images, {report.stored:,} stored{bad}{waiting}, {rate:,.1f}/s, {left}"
 
     def _finished(self) -> IngestReport:
         report = self.report
-        report.seconds = round(time.monotonic() - self.started, 3)
-        report.reasons = dict(self.reasons.most_common())
         bad = sum(getattr(report, state) for state in BAD)
         if report.claimed == 0:
             report.message = "Nothing new: no image record is pending."
@@ -233,3 +445,92 @@ class _Run:
                 "LAWNWATCH_DATA__MAX_BAD_RATIO allows more.",
             )
         return report
+
+
+def object_key(sha256: str, format_: str) -> str:
+    """Where a picture of these bytes lies in the store."""
+    return f"images/{sha256[:2]}/{sha256}.{images.EXTENSIONS[format_]}"
+
+
+def patiently(work: Callable[[], T], stopping: threading.Event) -> T:
+    """Do `work` on the store, again for PATIENCE seconds while the store is away; blocks, so it belongs in a thread.
+
+    Raises:
+        Unavailable: the store stayed away, or `stopping` was set.
+    """
+    end: float | None = None
+    for attempt in range(1000):
+        try:
+            return work()
+        except Unavailable as error:
+            end = end or time.monotonic() + PATIENCE
+            pause = random.uniform(0.1, min(0.2 * 2 ** min(attempt, 10), 5.0))  # noqa: S311
+            if time.monotonic() + pause > end:
+                raise
+            if attempt == 0:
+                logger.warning("the store is away, trying again", seconds=PATIENCE, fault=error.message)
+            if stopping.wait(pause):
+                raise
+    raise AssertionError("unreachable: the patience ends first")
+
+
+def _bad(state: str, reason: str, error: LawnwatchError) -> dict[str, Any]:
+    return {"state": state, "reason": f"{reason}: {error.message}"[:500]}
+
+
+def first_error(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error that ended a task group; those after it are its consequences."""
+    found: BaseException = errors
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found
+
+
+# --- metrics --------------------------------------------------------------------------------------------------------
+
+
+class IngestMetrics:
+    """The run's figures for Prometheus' textfile collector.
+
+    Args:
+        folder: where `lawnwatch_ingest.prom` is written; None: nowhere.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._file = folder / "lawnwatch_ingest.prom" if folder else None
+        self._registry = CollectorRegistry()
+        self._fetch_seconds = Histogram(
+            "lawnwatch_ingest_fetch_seconds",
+            "Time with the source of each fetched image, waiting for its turn not included.",
+            buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+            registry=self._registry,
+        )
+        self._report = IngestReport()
+        self._in_flight = 0
+        self._registry.register(self)
+
+    def fetched(self, fetched: Fetched) -> None:
+        self._fetch_seconds.observe(fetched.seconds)
+
+    def write(self, report: IngestReport, *, in_flight: int) -> None:
+        """Replace the file by the figures as they are now; a full disk here is no reason to stop fetching."""
+        self._report, self._in_flight = report, in_flight
+        if self._file is None:
+            return
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            write_to_textfile(str(self._file), self._registry)
+        except OSError as error:
+            logger.warning("the metrics cannot be written", fault=error.strerror)
+
+    def collect(self) -> Iterator[Metric]:
+        """What Prometheus calls: the report's own counts, so that both always agree."""
+        images_ = CounterMetricFamily("lawnwatch_ingest_images", "Images by what became of them.", labels=["outcome"])
+        for state in ("stored", *BAD):
+            images_.add_metric([state], getattr(self._report, state))
+        yield images_
+        yield CounterMetricFamily("lawnwatch_ingest_bytes", "Bytes of the images stored.", value=self._report.bytes)
+        yield GaugeMetricFamily("lawnwatch_ingest_in_flight", "Images being fetched or put now.", value=self._in_flight)
+        yield GaugeMetricFamily(
+            "lawnwatch_ingest_duration_seconds", "Time since the run began.", value=self._report.seconds
+        )
