@@ -96,6 +96,52 @@ class Snapshot:
 # --- creating -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Settled:
+    """What judging the stored records gave.
+
+    Attributes:
+        near_duplicates: pairs of SHA-256 that resemble each other directly, at most 1,000.
+    """
+
+    images: int
+    groups: int
+    label_conflicts: int
+    split_bridges: int
+    near_duplicates: list[tuple[str, str]]
+
+
+def settle(settings: Settings, catalog: Catalog) -> Settled:
+    """Judge all stored records anew: duplicate groups, splits, label conflicts and split bridges."""
+    with catalog.exclusive("snapshot"), catalog.session() as session:
+        records = list(
+            session.scalars(
+                sa.select(ImageRecord)
+                .where(
+                    sa.or_(
+                        ImageRecord.state == "stored",
+                        sa.and_(ImageRecord.state == "quarantined", ImageRecord.reason.startswith("label_conflict:")),
+                    )
+                )
+                .order_by(ImageRecord.sha256, ImageRecord.id)
+            )
+        )
+        for record in records:
+            record.state, record.reason = "stored", None
+        quarantined = _settle(records, settings.data)
+        phashes = {str(record.sha256): int(record.phash or "0", 16) for record in records}
+        shas = sorted(phashes)
+        pairs = near_pairs(np.array([phashes[s] for s in shas], np.uint64), settings.data.near_duplicate_distance)
+        reasons = Counter(str(record.reason).partition(":")[0] for record in quarantined)
+        return Settled(
+            images=len(shas),
+            groups=len({record.group_id for record in records if record.group_id}),
+            label_conflicts=reasons["label_conflict"],
+            split_bridges=reasons["split_bridge"],
+            near_duplicates=[(shas[one], shas[two]) for one, two in pairs[:1000]],
+        )
+
+
 def create_snapshot(settings: Settings, catalog: Catalog, store: ObjectStore) -> Snapshot:
     """Freeze what is stored now.
 
