@@ -27,7 +27,7 @@ from pydantic import BaseModel
 from lawnwatch import __version__, log
 from lawnwatch.catalog import Catalog
 from lawnwatch.config import Settings, get_settings
-from lawnwatch.errors import NOTHING_TO_DO, InputError, LawnwatchError
+from lawnwatch.errors import NOTHING_TO_DO, InputError, LawnwatchError, NotFound
 from lawnwatch.store import ObjectStore, open_store
 
 app = typer.Typer(
@@ -40,10 +40,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 catalog_app = typer.Typer(help="The image records: which pictures there are and what they show.", no_args_is_help=True)
+data_app = typer.Typer(help="Look after what is stored: quality report and recheck.", no_args_is_help=True)
 snapshot_app = typer.Typer(help="Immutable lists of images with their splits.", no_args_is_help=True)
 model_app = typer.Typer(help="Model versions, and which of them is champion.", no_args_is_help=True)
 rollout_app = typer.Typer(help="Which released model version is served.", no_args_is_help=True)
 app.add_typer(catalog_app, name="catalog")
+app.add_typer(data_app, name="data")
 app.add_typer(snapshot_app, name="snapshot")
 app.add_typer(model_app, name="model")
 app.add_typer(rollout_app, name="rollout")
@@ -194,6 +196,35 @@ def ingest_command(
     settings, catalog, store = opened()
     wanted = [label.strip() for label in labels.split(",") if label.strip()] or None
     emit(ingest.run(settings, catalog, store, labels=wanted, limit=limit, progress=progress))
+
+
+@data_app.command("quality", epilog="Example: lawnwatch data quality")
+def data_quality(
+    force: Annotated[bool, typer.Option("--force", help="Go on although a check fails; needs a reason.")] = False,
+    reason: Annotated[str, typer.Option(help="Why a failed check is overruled; recorded with the report.")] = "",
+) -> None:
+    """Look at the stored images, judge them and keep the report. Exit code 3 when a check fails."""
+    from lawnwatch import bundle, quality, registry, release
+
+    settings, catalog, store = opened()
+
+    def champion() -> bundle.Bundle:
+        if registry.champion(settings, catalog) is None:  # known without waking MLflow
+            raise NotFound("there is no champion yet.")
+        found = release.find(settings, catalog, store)
+        return bundle.read(store, found.sha256, settings.home / "cache" / "bundles")
+
+    try:
+        emit(
+            quality.report(
+                settings, catalog, store, find_champion=champion, force=force, reason=reason, progress=progress
+            )
+        )
+    except quality.ChecksFailed as failed:
+        said = {"error": failed.code, "message": failed.message, "hint": failed.hint}
+        progress(f"error: {failed.message}\n  {failed.hint}")
+        typer.echo(json.dumps(as_json(failed.result) | said, ensure_ascii=False))
+        raise typer.Exit(failed.exit_code) from None
 
 
 @snapshot_app.command("create", epilog="Example: lawnwatch snapshot create")
