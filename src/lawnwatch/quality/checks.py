@@ -124,7 +124,7 @@ def judge(facts: Facts, noise: Noise, settings: Settings) -> list[Check]:
             facts.records + conflicts,
             quality.max_label_conflicts,
             "records had to be quarantined, because copies of one picture carry different labels",
-            "Look at the quarantine sheet and correct them with `lawnwatch catalog relabel URL LABEL`.",
+            "Look at the quarantine sheet and correct them with `lawnwatch catalog relabel RECORD LABEL`.",
         ),
         _share(
             "copies",
@@ -172,7 +172,7 @@ def judge(facts: Facts, noise: Noise, settings: Settings) -> list[Check]:
             noise.outside,
             quality.max_label_suspects,
             "images that the champion never trained on had a label that it confidently disputed",
-            "Look at the label suspects and correct them with `lawnwatch catalog relabel URL LABEL`.",
+            "Look at the label suspects and correct them with `lawnwatch catalog relabel RECORD LABEL`.",
             nothing=noise.why_not or "The champion was asked about no image that it had not trained on.",
         ),
     ]
