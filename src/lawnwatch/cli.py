@@ -27,7 +27,7 @@ from pydantic import BaseModel
 from lawnwatch import __version__, log
 from lawnwatch.catalog import Catalog
 from lawnwatch.config import Settings, get_settings
-from lawnwatch.errors import NOTHING_TO_DO, InputError, IntegrityError, LawnwatchError
+from lawnwatch.errors import NOTHING_TO_DO, InputError, IntegrityError, LawnwatchError, NotFound
 from lawnwatch.store import ObjectStore, open_store
 
 INTERRUPTED, TOLD_TO_STOP = 128 + signal.SIGINT, 128 + signal.SIGTERM
@@ -227,6 +227,35 @@ def data_recheck(
         *opened(), limit=limit, older_than_days=older_than, sources=sources, objects=objects, progress=progress
     )
     emit(report, exit_code=IntegrityError.exit_code if report.lost else 0)
+
+
+@data_app.command("quality", epilog="Example: lawnwatch data quality")
+def data_quality(
+    force: Annotated[bool, typer.Option("--force", help="Go on although a check fails; needs a reason.")] = False,
+    reason: Annotated[str, typer.Option(help="Why a failed check is overruled; recorded with the report.")] = "",
+) -> None:
+    """Look at the stored images, judge them and keep the report. Exit code 3 when a check fails."""
+    from lawnwatch import bundle, quality, registry, release
+
+    settings, catalog, store = opened()
+
+    def champion() -> bundle.Bundle:
+        if registry.champion(settings, catalog) is None:  # known without waking MLflow
+            raise NotFound("there is no champion yet.")
+        found = release.find(settings, catalog, store)
+        return bundle.read(store, found.sha256, settings.home / "cache" / "bundles")
+
+    try:
+        emit(
+            quality.report(
+                settings, catalog, store, find_champion=champion, force=force, reason=reason, progress=progress
+            )
+        )
+    except quality.ChecksFailed as failed:
+        said = {"error": failed.code, "message": failed.message, "hint": failed.hint}
+        progress(f"error: {failed.message}\n  {failed.hint}")
+        typer.echo(json.dumps(as_json(failed.result) | said, ensure_ascii=False))
+        raise typer.Exit(failed.exit_code) from None
 
 
 @snapshot_app.command("create", epilog="Example: lawnwatch snapshot create")

@@ -91,6 +91,15 @@ class QualitySettings(BaseModel):
     )
     min_side: int = Field(32, ge=1, description="Shortest side below which an image counts as too small, pixels.")
     max_too_small: float = Field(0.1, ge=0, le=1, description="Largest share of too small images.")
+    min_brightness: float = Field(0.02, ge=0, le=1, description="Mean luma below which an image counts as blank.")
+    max_brightness: float = Field(0.98, ge=0, le=1, description="Mean luma above which an image counts as blank.")
+    min_sharpness: float = Field(
+        10.0, ge=0, description="Variance of the Laplacian at 224 × 224 below which an image counts as blank."
+    )
+    max_blank: float = Field(0.02, ge=0, le=1, description="Largest share of blank images.")
+    label_images: int = Field(
+        2000, ge=0, description="Most images whose label the champion is asked about; those it never saw come first."
+    )
     contact_sheet: int = Field(48, ge=1, description="Most pictures on one contact sheet of the quality report.")
 
 

@@ -215,3 +215,28 @@ def phash(rgb: Rgb) -> int:
     low = cv2.dct(small)[:8, :8].ravel()
     bits = low > np.median(low[1:])
     return int("".join("1" if bit else "0" for bit in bits), 2)
+
+
+def thumbnail(data: bytes, *, width: int, height: int, max_pixels: int) -> Rgb:
+    """The picture within `width` × `height`, its aspect ratio kept, never enlarged: (h, w, 3) uint8 RGB.
+
+    Raises:
+        UnsupportedMedia, ImageTooLarge, ImageError: as `decode`.
+    """
+    with _opened(data, max_pixels=max_pixels, max_bytes=None) as image:
+        if image.format == "JPEG" and image.mode in ("RGB", "YCbCr", "L"):
+            image.draft(None, (2 * width, 2 * height))
+        image.load()
+        rgb = _to_rgb(_oriented(image))
+    scale = min(width / rgb.shape[1], height / rgb.shape[0])
+    if scale < 1:
+        size = max(1, round(rgb.shape[1] * scale)), max(1, round(rgb.shape[0] * scale))
+        rgb = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
+    return np.ascontiguousarray(rgb)
+
+
+def jpeg(rgb: Rgb, *, quality: int = 80) -> bytes:
+    """An (h, w, 3) uint8 RGB picture as a JPEG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(rgb).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()

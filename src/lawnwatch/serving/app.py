@@ -12,16 +12,17 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Annotated, Any
 
+import sqlalchemy as sa
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from prometheus_client.core import Metric
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lawnwatch import __version__, log, predictions
-from lawnwatch.catalog import Catalog
+from lawnwatch.catalog import Catalog, QualityReport
 from lawnwatch.config import Settings
 from lawnwatch.errors import LawnwatchError, NotFound, SettingsError, Unavailable
 from lawnwatch.serving import problems, schemas, uploads
@@ -60,6 +61,10 @@ DOCS_POLICY = (
     b"script-src 'unsafe-inline' https://cdn.jsdelivr.net; style-src 'unsafe-inline' https://cdn.jsdelivr.net"
 )
 DOCS = frozenset({"/docs", "/redoc"})
+# A report shows strangers' text: its own style and pictures, and nothing that runs or loads.
+REPORTS = "/reports/"
+REPORT_POLICY = b"default-src 'none'; img-src data:; style-src 'unsafe-inline'; frame-ancestors 'none'"
+REPORT_ID = re.compile(r"[0-9a-f]{32}")
 
 PICTURE_BODY: dict[str, Any] = {
     "requestBody": {
@@ -230,6 +235,7 @@ def create_app(settings: Settings) -> FastAPI:
     _add_prediction(app, api)
     _add_state(app, api)
     _add_history(app, api)
+    _add_reports(app, api)
     _document_problems(app)
     return app
 
@@ -459,6 +465,31 @@ def _add_history(app: FastAPI, api: Api) -> None:
         return Response(api.store.get(one.image_key), media_type=_media_type(one.image_format))
 
 
+def _add_reports(app: FastAPI, api: Api) -> None:
+    @app.get(
+        "/reports/quality/{report}",
+        summary="A quality report of the stored images",
+        description="The page that `lawnwatch data quality` kept, by its id; `latest` is the newest.",
+        response_class=HTMLResponse,
+        responses=_failures(404, 503),
+        tags=["reports"],
+    )
+    def quality_report(report: str) -> Response:
+        query = sa.select(QualityReport.object_key).order_by(QualityReport.created_at.desc()).limit(1)
+        if report != "latest":
+            query = query.where(QualityReport.id == report)
+        key = None
+        if report == "latest" or REPORT_ID.fullmatch(report):
+            with api.catalog.session() as session:
+                key = session.scalar(query)
+        if key is None:
+            raise NotFound(
+                "There is no quality report yet." if report == "latest" else "There is no such quality report.",
+                hint="`lawnwatch data quality` makes one.",
+            )
+        return HTMLResponse(api.store.get(key))
+
+
 def _item(one: predictions.Prediction) -> dict[str, Any]:
     return {
         "prediction_id": one.prediction_id,
@@ -536,6 +567,8 @@ class Envelope:
         scope.setdefault("state", {})["request_id"] = request_id
         status = CLIENT_CLOSED_REQUEST
         policy = DOCS_POLICY if scope["path"] in DOCS else CLOSED_POLICY
+        if scope["path"].startswith(REPORTS):
+            policy = REPORT_POLICY
 
         async def sealed(message: Message) -> None:
             nonlocal status
