@@ -933,16 +933,6 @@ class Catalog:
 
         return self.retried(attempt)
 
-    def renew(self, worker: str, ids: Iterable[int], *, lease_seconds: float = 120.0) -> int:
-        """Hold claims for longer; returns how many were still this worker's."""
-        with self.session() as session:
-            done = session.execute(
-                sa.update(ImageRecord)
-                .where(ImageRecord.id.in_(list(ids)), ImageRecord.state == "claimed", ImageRecord.claimed_by == worker)
-                .values(claimed_until=utc_now() + timedelta(seconds=lease_seconds))
-            )
-            return affected(done)
-
     def finish(self, worker: str, outcomes: Iterable[tuple[int, dict[str, Any]]]) -> int:
         """Record what became of claimed records: (id, columns) each; returns how many were still this worker's.
 
