@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
 from urllib.parse import urlsplit
@@ -85,6 +85,13 @@ class UtcDateTime(sa.TypeDecorator[datetime]):
 
     def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
         return value.replace(tzinfo=UTC) if value else None
+
+
+def _plain_time(value: Any) -> Any:
+    """A value for a statement that is not SQLAlchemy's: times as both dialects store them, all else as it is."""
+    if not isinstance(value, datetime):
+        return value
+    return value.astimezone(UTC).replace(tzinfo=None).isoformat(sep=" ", timespec="microseconds")
 
 
 def utc_now() -> datetime:
@@ -590,7 +597,7 @@ class Catalog:
         as many parameter sets, a row costs five times as much. All that may be mangled by IGNORE was checked before.
         """
         mark, ignore = ("%s", "IGNORE") if self.is_mysql else ("?", "OR IGNORE")
-        now = utc_now().replace(tzinfo=None).isoformat(sep=" ", timespec="microseconds")
+        now = _plain_time(utc_now())
         row = f"({mark}, {mark}, {mark}, {mark}, 'pending', 0, '{now}', '{now}')"
         statement = (
             f"INSERT {ignore} INTO images"  # noqa: S608 - nothing from outside is in it: values go as parameters
@@ -943,7 +950,7 @@ class Catalog:
             with self.session() as session:
                 done = session.execute(
                     sa.update(ImageRecord)
-                    .where(*_claimed_by(worker), ImageRecord.id.in_(wanted))
+                    .where(ImageRecord.id.in_(wanted), ImageRecord.state == "claimed", ImageRecord.claimed_by == worker)
                     .values(claimed_until=until)
                     .execution_options(synchronize_session=False)
                 )
@@ -960,34 +967,50 @@ class Catalog:
             Unavailable: the database stayed away.
         """
         moment = utc_now()
-        by_columns: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for number, values in outcomes:
             written = {**values, "claimed_by": None, "claimed_until": None, "updated_at": moment}
             if values.get("state", "pending") != "pending":
                 written["lost_claims"] = 0
-            by_columns.setdefault(tuple(written), []).append({"finished": number, **written})
+            alike.setdefault(tuple(written), []).append({**written, "id": number})
+        groups = [(names, rows[at : at + 100]) for names, rows in alike.items() for at in range(0, len(rows), 100)]
         tries = count()
 
         def attempt() -> int:
-            done = 0
-            again = next(tries)
             with self.session() as session:
-                for columns, rows in by_columns.items():
-                    statement = (
-                        sa.update(IMAGES)
-                        .where(*_claimed_by(worker), IMAGES.c.id == sa.bindparam("finished"))
-                        .values({name: sa.bindparam(name) for name in columns})
-                    )
-                    done += affected(session.connection().execute(statement, rows))
-                    if again:  # the first answer may have been lost, not the work: its moment tells
-                        ids = [row["finished"] for row in rows]
-                        query = sa.select(sa.func.count()).where(
-                            IMAGES.c.id.in_(ids), IMAGES.c.state != "claimed", IMAGES.c.updated_at == moment
-                        )
-                        done = max(done, session.scalar(query) or 0)
-            return done
+                done = sum(self._write_outcomes(session, worker, names, rows) for names, rows in groups)
+                if next(tries):  # the first answer may have been lost, but not the work: its moment tells
+                    ids = [row["id"] for _, rows in groups for row in rows]
+                    written = (ImageRecord.id.in_(ids), ImageRecord.state != "claimed")
+                    query = sa.select(sa.func.count()).where(*written, ImageRecord.updated_at == moment)
+                    done = session.scalar(query) or 0
+                return done
 
         return self.retried(attempt)
+
+    def _write_outcomes(self, session: Session, worker: str, names: tuple[str, ...], rows: list[dict[str, Any]]) -> int:
+        """Write the named columns of records that this worker holds; returns how many it held.
+
+        One statement for all of them, because a statement each is a round trip each.
+        """
+        mark, quote = "%s" if self.is_mysql else "?", self.engine.dialect.identifier_preparer.quote
+        ids = [row["id"] for row in rows]
+        assignments: list[str] = []
+        parameters: list[Any] = []
+        for name in names:
+            values = [_plain_time(row[name]) for row in rows]
+            if all(value == values[0] for value in values):
+                assignments.append(f"{quote(IMAGES.c[name].name)} = {mark}")
+                parameters.append(values[0])
+            else:
+                cases = " ".join([f"WHEN {mark} THEN {mark}"] * len(rows))
+                assignments.append(f"{quote(IMAGES.c[name].name)} = CASE id {cases} END")
+                parameters += chain.from_iterable(zip(ids, values, strict=True))
+        statement = (
+            f"UPDATE images SET {', '.join(assignments)}"  # noqa: S608 - names of columns; values go as parameters
+            f" WHERE id IN ({', '.join([mark] * len(ids))}) AND state = 'claimed' AND claimed_by = {mark}"
+        )
+        return affected(session.connection().exec_driver_sql(statement, (*parameters, *ids, worker)))
 
 
 def known_revisions() -> list[str]:
@@ -1004,10 +1027,6 @@ def alembic_config(connection: sa.Connection) -> Any:
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.attributes["connection"] = connection
     return config
-
-
-def _claimed_by(worker: str) -> tuple[sa.ColumnElement[bool], ...]:
-    return ImageRecord.state == "claimed", ImageRecord.claimed_by == worker
 
 
 def _passes(error: Unavailable) -> bool:
