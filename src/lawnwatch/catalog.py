@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
 from urllib.parse import urlsplit
@@ -42,7 +42,7 @@ SourceStatus = Literal["same", "changed", "gone", "unreachable"]
 Split = Literal["train", "validation", "test"]
 FINISHED = ("failed", "gone", "blocked", "quarantined")  # what `retry` may make pending again
 MAX_URL = 2048
-IMPORT_BATCH = 5000
+IMPORT_BATCH = 1000  # rows in one statement: at most 8 MB of URLs, half of MariaDB's default max_allowed_packet
 PAGE = 5000  # records read or changed in one transaction, where a million may be meant
 PROGRESS_SECONDS = 2.0
 MAX_LOST_CLAIMS = 5
@@ -85,6 +85,13 @@ class UtcDateTime(sa.TypeDecorator[datetime]):
 
     def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
         return value.replace(tzinfo=UTC) if value else None
+
+
+def _plain_time(value: Any) -> Any:
+    """A value for a statement that is not SQLAlchemy's: times as both dialects store them, all else as it is."""
+    if not isinstance(value, datetime):
+        return value
+    return value.astimezone(UTC).replace(tzinfo=None).isoformat(sep=" ", timespec="microseconds")
 
 
 def utc_now() -> datetime:
@@ -511,7 +518,7 @@ class Catalog:
         labels: dict[str, int] = {}
         file_name = re.sub(r"[^\w.-]", "_", name)  # a table may be called anything
         target = self.settings.home / "rejects" / f"{file_name}.rejects.csv"
-        said = started
+        said, added = started, 1
         with _reject_file(target) as reject:
             read = iter(rows)
             while batch := list(islice(read, IMPORT_BATCH)):
@@ -523,7 +530,8 @@ class Catalog:
                         reject(row, error.message)
                         report.rejected += 1
                 try:
-                    added, conflicts = self.retried(partial(self._add_rows, good, source, labels), patience=60)
+                    work = partial(self._add_rows, good, source, labels, look=not added)
+                    added, conflicts = self.retried(work, patience=60)
                 except Unavailable as error:
                     raise Unavailable(
                         f"{error.message} {report.rows:,} rows had been imported by then.",
@@ -547,50 +555,67 @@ class Catalog:
         )
         return report
 
-    def _add_rows(self, rows: list[Row], source: str, known: dict[str, int]) -> tuple[int, list[tuple[Row, str]]]:
+    def _add_rows(
+        self, rows: list[Row], source: str, known: dict[str, int], *, look: bool = False
+    ) -> tuple[int, list[tuple[Row, str]]]:
         """Insert what is new; returns how many were, and the rows whose URL has another label, with that label.
 
         Args:
             known: label names to ids; labels made here are added to it once they are committed.
+            look: look first which rows are there, because most are: to insert in vain costs more.
         """
         keys = [url_hash(row.url) for row in rows]
         first: dict[bytes, Row] = {}
         for key, row in zip(keys, rows, strict=True):
             first.setdefault(key, row)
-        there: dict[bytes, str] = {}
         with self.session() as session:
+            there = self._label_ids_of(session, first) if look else {}
             missing = {row.label for row in first.values()} - known.keys()
             labels = self._label_ids(session, missing)
             if missing := missing - labels.keys():
                 # A label comes into being with a record of its own, not with a row that is a conflict.
-                there = self._labels_of(session, [key for key, row in first.items() if row.label in missing])
+                there |= self._label_ids_of(session, [key for key, row in first.items() if row.label in missing])
                 made = {row.label for key, row in first.items() if row.label in missing and key not in there}
                 labels |= self._made_labels(session, made)
             ids = known | labels
-            now = utc_now()
-            new = [
-                {"url": row.url, "url_sha256": key, "label_id": ids[row.label], "label_source": source,
-                 "state": "pending", "created_at": now, "updated_at": now}
-                for key, row in first.items()
-                if key not in there
-            ]  # fmt: skip
-            added = 0
-            if new:
-                # The unique hash decides what is new, also against another import that runs at the same time.
-                statement = sa.insert(IMAGES).prefix_with("IGNORE" if self.is_mysql else "OR IGNORE")
-                added = affected(session.connection().execute(statement, new))
-            if added < len(first):
-                there = self._labels_of(session, list(first))
+            new = [(row.url, key, ids[row.label], source) for key, row in first.items() if key not in there]
+            added = self._insert(session, new) if new else 0
+            if added < len(new):
+                there = self._label_ids_of(session, first)
+            held = [there.get(key) or ids[first[key].label] for key in keys]
+            others = [(row, number) for row, number in zip(rows, held, strict=True) if ids.get(row.label) != number]
+            names = self._label_names(session, {number for _, number in others})
         if len(known) > 10_000:  # a column of anything but labels must not fill the memory
             known.clear()
         known |= labels
-        held = ((row, there.get(key, first[key].label)) for key, row in zip(keys, rows, strict=True))
-        return added, [(row, label) for row, label in held if label != row.label]
+        return added, [(row, names[number]) for row, number in others]
 
-    def _labels_of(self, session: Session, keys: list[bytes]) -> dict[bytes, str]:
-        """The labels of those of the URLs (as hashes) that the catalog has."""
-        query = sa.select(ImageRecord.url_sha256, Label.name).join(Label).where(ImageRecord.url_sha256.in_(keys))
-        return dict(session.execute(query).all())
+    def _insert(self, session: Session, new: list[tuple[str, bytes, int, str]]) -> int:
+        """Insert (url, hash, label id, label source); returns how many were new.
+
+        The unique hash decides, also against another import at the same time. One plain statement: through the ORM, or
+        as many parameter sets, a row costs five times as much. All that may be mangled by IGNORE was checked before.
+        """
+        mark, ignore = ("%s", "IGNORE") if self.is_mysql else ("?", "OR IGNORE")
+        now = _plain_time(utc_now())
+        row = f"({mark}, {mark}, {mark}, {mark}, 'pending', 0, '{now}', '{now}')"
+        statement = (
+            f"INSERT {ignore} INTO images"  # noqa: S608 - nothing from outside is in it: values go as parameters
+            " (url, url_sha256, label_id, label_source, state, attempts, created_at, updated_at)"
+            f" VALUES {', '.join([row] * len(new))}"
+        )
+        return affected(session.connection().exec_driver_sql(statement, tuple(cell for each in new for cell in each)))
+
+    def _label_ids_of(self, session: Session, keys: Iterable[bytes]) -> dict[bytes, int]:
+        """The label ids of those of the URLs (as hashes) that the catalog has.
+
+        Without a join: with one, the server would rather read all images of the few labels there are.
+        """
+        query = sa.select(ImageRecord.url_sha256, ImageRecord.label_id)
+        return dict(session.execute(query.where(ImageRecord.url_sha256.in_(list(keys)))).all())
+
+    def _label_names(self, session: Session, ids: set[int]) -> dict[int, str]:
+        return dict(session.execute(sa.select(Label.id, Label.name).where(Label.id.in_(ids))).all()) if ids else {}
 
     def _label_ids(self, session: Session, names: Iterable[str]) -> dict[str, int]:
         """The ids of those of the labels that the catalog has."""
@@ -695,11 +720,11 @@ class Catalog:
             query = sa.select(*columns).join(Label).where(*self._filters(session, state, label, None))
         types = {name: column.type.python_type for name, column in zip(EXPORTED, columns, strict=True)}
 
-        def page(after: int) -> Sequence[sa.Row[Any]]:
+        def page(after: int) -> Sequence[Any]:
             with self.session() as session:
                 return session.execute(query.where(table.id > after).order_by(table.id).limit(PAGE)).all()
 
-        def pages() -> Iterator[Sequence[sa.Row[Any]]]:
+        def pages() -> Iterator[Sequence[Any]]:
             after = 0
             while found := self.retried(partial(page, after)):
                 yield found
@@ -925,7 +950,7 @@ class Catalog:
             with self.session() as session:
                 done = session.execute(
                     sa.update(ImageRecord)
-                    .where(*_claimed_by(worker), ImageRecord.id.in_(wanted))
+                    .where(ImageRecord.id.in_(wanted), ImageRecord.state == "claimed", ImageRecord.claimed_by == worker)
                     .values(claimed_until=until)
                     .execution_options(synchronize_session=False)
                 )
@@ -942,34 +967,50 @@ class Catalog:
             Unavailable: the database stayed away.
         """
         moment = utc_now()
-        by_columns: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for number, values in outcomes:
             written = {**values, "claimed_by": None, "claimed_until": None, "updated_at": moment}
             if values.get("state", "pending") != "pending":
                 written["lost_claims"] = 0
-            by_columns.setdefault(tuple(written), []).append({"finished": number, **written})
+            alike.setdefault(tuple(written), []).append({**written, "id": number})
+        groups = [(names, rows[at : at + 100]) for names, rows in alike.items() for at in range(0, len(rows), 100)]
         tries = count()
 
         def attempt() -> int:
-            done = 0
-            again = next(tries)
             with self.session() as session:
-                for columns, rows in by_columns.items():
-                    statement = (
-                        sa.update(IMAGES)
-                        .where(*_claimed_by(worker), IMAGES.c.id == sa.bindparam("finished"))
-                        .values({name: sa.bindparam(name) for name in columns})
-                    )
-                    done += affected(session.connection().execute(statement, rows))
-                    if again:  # the first answer may have been lost, not the work: its moment tells
-                        ids = [row["finished"] for row in rows]
-                        query = sa.select(sa.func.count()).where(
-                            IMAGES.c.id.in_(ids), IMAGES.c.state != "claimed", IMAGES.c.updated_at == moment
-                        )
-                        done = max(done, session.scalar(query) or 0)
-            return done
+                done = sum(self._write_outcomes(session, worker, names, rows) for names, rows in groups)
+                if next(tries):  # the first answer may have been lost, but not the work: its moment tells
+                    ids = [row["id"] for _, rows in groups for row in rows]
+                    written = (ImageRecord.id.in_(ids), ImageRecord.state != "claimed")
+                    query = sa.select(sa.func.count()).where(*written, ImageRecord.updated_at == moment)
+                    done = session.scalar(query) or 0
+                return done
 
         return self.retried(attempt)
+
+    def _write_outcomes(self, session: Session, worker: str, names: tuple[str, ...], rows: list[dict[str, Any]]) -> int:
+        """Write the named columns of records that this worker holds; returns how many it held.
+
+        One statement for all of them, because a statement each is a round trip each.
+        """
+        mark, quote = "%s" if self.is_mysql else "?", self.engine.dialect.identifier_preparer.quote
+        ids = [row["id"] for row in rows]
+        assignments: list[str] = []
+        parameters: list[Any] = []
+        for name in names:
+            values = [_plain_time(row[name]) for row in rows]
+            if all(value == values[0] for value in values):
+                assignments.append(f"{quote(IMAGES.c[name].name)} = {mark}")
+                parameters.append(values[0])
+            else:
+                cases = " ".join([f"WHEN {mark} THEN {mark}"] * len(rows))
+                assignments.append(f"{quote(IMAGES.c[name].name)} = CASE id {cases} END")
+                parameters += chain.from_iterable(zip(ids, values, strict=True))
+        statement = (
+            f"UPDATE images SET {', '.join(assignments)}"  # noqa: S608 - names of columns; values go as parameters
+            f" WHERE id IN ({', '.join([mark] * len(ids))}) AND state = 'claimed' AND claimed_by = {mark}"
+        )
+        return affected(session.connection().exec_driver_sql(statement, (*parameters, *ids, worker)))
 
 
 def known_revisions() -> list[str]:
@@ -986,10 +1027,6 @@ def alembic_config(connection: sa.Connection) -> Any:
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.attributes["connection"] = connection
     return config
-
-
-def _claimed_by(worker: str) -> tuple[sa.ColumnElement[bool], ...]:
-    return ImageRecord.state == "claimed", ImageRecord.claimed_by == worker
 
 
 def _passes(error: Unavailable) -> bool:
@@ -1160,6 +1197,6 @@ def _table_columns(engine: sa.Engine, table: str, names: tuple[str | None, str, 
     return [sa.column(sa.sql.quoted_name(name, quote=True), _selectable=source) for name in (key, *names[1:])]
 
 
-def _fetch(engine: sa.Engine, query: sa.Select[Any], setting: str) -> Sequence[sa.Row[Any]]:
+def _fetch(engine: sa.Engine, query: sa.Select[Any], setting: str) -> Sequence[Any]:
     with database_faults(setting), engine.connect() as connection:
         return connection.execute(query).all()

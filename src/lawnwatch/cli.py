@@ -143,19 +143,94 @@ def catalog_add(
     )
 
 
+LabelSource = Annotated[str, typer.Option(help="Recorded as the source of the labels, 1 to 16 characters.")]
+
+
 @catalog_app.command("import", epilog="Example: lawnwatch catalog import urls.csv")
 def catalog_import(
     file: Annotated[Path, typer.Argument(help="CSV with the header url,label, Parquet, or JSON lines.")],
-    source: Annotated[str, typer.Option(help="Recorded as the label's source.")] = "import",
+    source: LabelSource = "import",
 ) -> None:
     """Add many image records. Importing twice changes nothing; bad lines go to a reject file."""
     emit(opened_catalog().import_file(file, source=source, on_progress=progress))
 
 
+@catalog_app.command("import-table", epilog="Example: lawnwatch catalog import-table plants_data")
+def catalog_import_table(
+    table: Annotated[str, typer.Argument(help="A table with one labelled URL per row.")],
+    url_column: Annotated[str, typer.Option(help="Its column with the source URL.")] = "url_source",
+    label_column: Annotated[str, typer.Option(help="Its column with the label.")] = "label",
+    key_column: Annotated[
+        str, typer.Option(help="A column that is unique and never NULL; the primary key when left out.")
+    ] = "",
+    source: LabelSource = "import",
+) -> None:
+    """Add the rows of an existing table, read from the database LAWNWATCH_IMPORT_DATABASE_URL.
+
+    A setting and not an option, because everybody on a machine can read its command lines and the URL may hold a
+    password. Without it, the table is in the catalog's own database. The table is only read.
+    """
+    emit(
+        opened_catalog().import_table(
+            table,
+            url_column=url_column,
+            label_column=label_column,
+            key_column=key_column or None,
+            source=source,
+            on_progress=progress,
+        )
+    )
+
+
+@catalog_app.command("export", epilog="Example: lawnwatch catalog export quarantined.csv --state quarantined")
+def catalog_export(
+    file: Annotated[Path, typer.Argument(help="A .csv, .parquet or .jsonl file; replaced when it exists.")],
+    state: Annotated[str, typer.Option(help="Only records in this state.")] = "",
+    label: Annotated[str, typer.Option(help="Only records of this label.")] = "",
+) -> None:
+    """Write the image records to a file that `catalog import` reads again.
+
+    Cells are written as they are. Mind that a spreadsheet program takes a label that begins with = for a formula.
+    """
+    records = opened_catalog().export(file, state=state or None, label=label or None)
+    emit({"file": str(file), "records": records, "message": f"{records:,} image record(s) written to {file}."})
+
+
 @catalog_app.command("status", epilog="Example: lawnwatch catalog status")
 def catalog_status() -> None:
-    """How many image records there are, by state and by label."""
-    emit(opened_catalog().status())
+    """How many image records there are, by state, by label and by both."""
+    status = opened_catalog().status()
+    states = list(status.by_state)
+    if states:
+        rows = [["label", *states], *([label, *(f"{n:,}" for n in (counts.get(state, 0) for state in states))]
+                for label, counts in status.by_label_and_state.items())]  # fmt: skip
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        for first, *cells in rows:
+            line = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+            progress(f"{first.ljust(widths[0])}  {line}")
+    emit(status)
+
+
+@catalog_app.command("list", epilog="Example: lawnwatch catalog list --state quarantined --reason label_conflict")
+def catalog_list(
+    state: Annotated[str, typer.Option(help="Only records in this state.")] = "",
+    label: Annotated[str, typer.Option(help="Only records of this label.")] = "",
+    reason: Annotated[str, typer.Option(help="Only records whose reason begins so, such as http_404.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most so many.")] = 50,
+    after: Annotated[int, typer.Option(min=0, help="Go on after the record of this id.")] = 0,
+) -> None:
+    """Image records with their reasons, for a person to look at."""
+    records = opened_catalog().select(
+        state=state or None, label=label or None, reason=reason or None, limit=limit, after=after
+    )
+    for record in records:
+        progress(
+            f"{record.id:>9}  {record.state:<11}  {record.label.name}  {record.url}  {record.reason or ''}".rstrip()
+        )
+    shown = ("id", "url", "state", "reason", "label_source", "attempts", "sha256", "object_key", "split")
+    images = [{"label": record.label.name} | {name: getattr(record, name) for name in shown} for record in records]
+    more = f"; `--after {records[-1].id}` shows more" if len(records) == limit else ""
+    emit({"images": images, "message": f"{len(records)} image record(s){more}."})
 
 
 @catalog_app.command("show", epilog="Example: lawnwatch catalog show https://example.org/lawn.jpg")
@@ -164,15 +239,21 @@ def catalog_show(image: Annotated[str, typer.Argument(help="Source URL or id of 
     emit(opened_catalog().show(image))
 
 
-@catalog_app.command("retry", epilog="Example: lawnwatch catalog retry --state failed")
+@catalog_app.command("retry", epilog="Example: lawnwatch catalog retry --state failed --reason http_503")
 def catalog_retry(
+    image: Annotated[
+        str, typer.Argument(help="Source URL or id of one image record; all that match when left out.")
+    ] = "",
     state: Annotated[
         str, typer.Option(help="Which records to fetch again: failed, gone, blocked or quarantined.")
     ] = "failed",
+    label: Annotated[str, typer.Option(help="Only records of this label.")] = "",
+    reason: Annotated[str, typer.Option(help="Only records whose reason begins so, such as http_503.")] = "",
 ) -> None:
     """Make failed image records pending again, so that the next ingest fetches them."""
-    count = opened_catalog().retry(state)
-    emit({"retried": count, "message": f"{count} image record(s) in state {state} will be fetched again."})
+    count = opened_catalog().retry(state, label=label or None, reason=reason or None, image=image or None)
+    what = image or f"{count:,} {state} image record(s)"
+    emit({"retried": count, "message": f"{what} will be fetched again."})
 
 
 @catalog_app.command("relabel", epilog="Example: lawnwatch catalog relabel https://example.org/lawn.jpg dandelion")

@@ -1,0 +1,146 @@
+"""A catalog of a million records on a real MariaDB: import, status, and claims while the table drains.
+
+python benchmarks/catalog_scale.py [--rows 1000000]. Each step is a process of its own, so that its memory is its own.
+Prints each figure beside what is allowed. MariaDB runs on this machine and takes its share of the cores; it is the one
+that the tests start, with a buffer pool of 64 MB, so the table does not fit into it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "infra")]
+
+LABELS = ("dandelion", "grass", "clover", "moss")
+BATCH = 64  # what an ingest of the default concurrency claims at once
+ROUNDS = 50  # claims of which the median is taken
+
+
+def write_rows(file: Path, rows: int) -> None:
+    with file.open("w") as stream:
+        stream.write("url,label\n")
+        stream.writelines(
+            f"https://photos-{n % 97}.example/albums/{n // 1000:05d}/picture-{n:09d}.jpg,{LABELS[n % 4]}\n"
+            for n in range(rows)
+        )
+
+
+def step(*argv: str) -> tuple[dict[str, object], float, float, int]:
+    """Run one process; returns what it printed, its wall and CPU seconds, and its largest resident set in MB."""
+    started = time.perf_counter()
+    with tempfile.TemporaryFile() as out:
+        process = subprocess.Popen([sys.executable, *argv], stdout=out, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - started
+        out.seek(0)
+        said = out.read()
+    if status:
+        sys.exit(f"{argv} failed: {said[-2000:]!r}")
+    return json.loads(said), wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss // 1024
+
+
+def drain() -> None:
+    """Claim and finish everything, as an ingest does but for the pictures; prints the medians at both ends."""
+    from lawnwatch.catalog import Catalog, utc_now, worker_name
+    from lawnwatch.config import Settings
+
+    catalog, worker = Catalog(Settings()), worker_name()
+    left = catalog.status().total
+
+    def batch(size: int) -> tuple[float, float, int]:
+        started = time.perf_counter()
+        records = catalog.claim(size, worker=worker, lease_seconds=600)
+        claimed = time.perf_counter()
+        stored = {
+            "state": "stored", "reason": None, "attempts": 1, "fetched_at": utc_now(), "phash": "0" * 16,
+            "width": 275, "height": 183, "bytes": 12_000, "format": "JPEG", "brightness": 0.5, "sharpness": 99.0,
+            "etag": None, "last_modified": None,
+        }  # fmt: skip
+        outcomes = [(r.id, {**stored, "object_key": f"images/{r.id}.jpg", "sha256": f"{r.id:064x}"}) for r in records]
+        written = catalog.finish(worker, outcomes)
+        assert written == len(records)
+        return claimed - started, time.perf_counter() - claimed, written
+
+    def median(rounds: int) -> tuple[float, float]:
+        nonlocal left
+        timed = [batch(BATCH) for _ in range(rounds)]
+        left -= sum(each[2] for each in timed)
+        return statistics.median(each[0] for each in timed), statistics.median(each[1] for each in timed)
+
+    rounds = min(ROUNDS, left // BATCH // 3)
+    median(3)  # connections, statements compiled
+    first = median(rounds)
+    early = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    while left > rounds * BATCH:
+        left -= batch(min(1000, left - rounds * BATCH))[2]
+    last = median(rounds)
+    late = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    print(json.dumps({"first": first, "last": last, "early_mb": early, "late_mb": late}))
+
+
+def main() -> None:
+    import conftest
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--drain", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.drain:
+        return drain()
+    rows = arguments.rows
+    print(f"{rows:,} rows")
+
+    def figure(what: str, value: str, ratio: float | None = None, bound: str = "") -> None:
+        print(f"{what:<44} {value:>16}" + (f"   {ratio:5.2f} {bound}" if ratio is not None else ""), flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        mariadb = conftest._start_mariadb(Path(folder))
+        try:
+            os.environ |= {"LAWNWATCH_DATABASE_URL": mariadb.fresh(), "LAWNWATCH_HOME": folder}
+            file = Path(folder) / "urls.csv"
+            write_rows(file, rows)
+            cli = ("-m", "lawnwatch", "catalog")
+            step(*cli, "status")  # the schema
+            for name in ("import", "second import"):
+                said, _, cpu, memory = step(*cli, "import", str(file))
+                rate = rows / float(str(said["seconds"]))
+                figure(name, f"{rate:,.0f} rows/s", rate / 20_000, "of 20,000 (≥ 1)" if name == "import" else "")
+                figure("  its CPU per row", f"{cpu / rows * 1e6:.1f} µs")
+                figure("  its memory", f"{memory} MB", memory / 300, "of 300 (≤ 1)")
+            for name in ("start of a command (help)", "status"):
+                argv = ("-m", "lawnwatch", "--help") if name != "status" else (*cli, "status")
+                started = time.perf_counter()
+                subprocess.run([sys.executable, *argv], check=True, capture_output=True)
+                figure(name, f"{time.perf_counter() - started:.2f} s")
+            said, wall, _, memory = step(__file__, "--drain")
+            (first_claim, first_finish), (last_claim, last_finish) = said["first"], said["last"]  # type: ignore[misc]
+            figure(f"claim of {BATCH}, first", f"{first_claim * 1e3:.2f} ms")
+            figure(
+                f"claim of {BATCH}, last", f"{last_claim * 1e3:.2f} ms", last_claim / first_claim, "of first (≤ 1.3)"
+            )
+            figure(f"finish of {BATCH}, first", f"{first_finish * 1e3:.2f} ms")
+            figure(f"finish of {BATCH}, last", f"{last_finish * 1e3:.2f} ms", last_finish / first_finish, "of first")
+            figure("claimed and finished", f"{rows / wall:,.0f} rows/s")
+            figure("  its memory, early", f"{said['early_mb']} MB")
+            figure("  its memory, at the end", f"{memory} MB", memory / 300, "of 300 (≤ 1)")
+            _, wall, _, _ = step(*cli, "status")
+            figure("status, all stored", f"{wall:.2f} s")
+            _, wall, _, memory = step(*cli, "export", str(Path(folder) / "all.csv"))
+            figure("export", f"{rows / wall:,.0f} rows/s")
+            figure("  its memory", f"{memory} MB", memory / 300, "of 300 (≤ 1)")
+        finally:
+            mariadb.server.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
