@@ -317,8 +317,8 @@ def answering(**attributes: object) -> Iterator[tuple[str, type[Answering]]]:
         ({"status": 404}, SettingsError),
         ({"status": 403}, SettingsError),
         ({"status": 307}, SettingsError),
-        ({"status": 502, "retry_after": "3600"}, Unavailable),
-        ({"status": 503, "body": b"", "retry_after": "3600"}, Unavailable),
+        ({"status": 502, "retry_after": "15"}, Unavailable),
+        ({"status": 503, "body": b"", "retry_after": "15"}, Unavailable),
     ],
     ids=["html", "html as xml", "nothing", "no text", "odd xml", "404", "403", "redirect", "502", "503"],
 )
@@ -328,7 +328,7 @@ def test_what_is_no_s3_server_is_said_to_be_none(
     with answering(**answer) as (endpoint, _):
         named = minio.settings() | {"store_endpoint": endpoint}
         for environment in ("development", "production"):
-            with within(5), pytest.raises(error, match=endpoint) as caught:
+            with within(10), pytest.raises(error, match=endpoint) as caught:
                 opened(tmp_path, named, environment)
             assert minio.secret_key not in str(caught.value)
 
