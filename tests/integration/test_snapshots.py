@@ -213,12 +213,18 @@ def test_the_stream_gives_what_serving_sees_in_an_order_that_the_seed_decides(la
     snapshot, cache = lawn.snapshot(), dataset.ObjectCache(tmp_path / "cache", 10**9)
 
     def read(seed: int | None) -> tuple[list[bytes], list[int]]:
-        found = dataset.stream(
-            snapshot.rows, lawn.store, cache, classes=snapshot.classes, size=96, max_pixels=10**6, batch=5,
+        found = dataset.Stream(
+            snapshot.rows,
+            lawn.store,
+            cache,
+            classes=snapshot.classes,
+            batch=5,
+            prepare=dataset.decoder(96, max_pixels=10**6),
+            shape=(96, 96, 3),
             shuffle_seed=seed,
-        )  # fmt: skip
-        assert found.element_spec[0].shape.as_list() == [None, 96, 96, 3]
-        batches = list(found.as_numpy_iterator())
+        )
+        assert found.dataset.element_spec[0].shape.as_list() == [None, 96, 96, 3]
+        batches = list(found)
         assert [len(labels) for _, labels in batches] == [5, 5, 2]
         assert {(str(p.dtype), str(n.dtype)) for p, n in batches} == {("uint8", "int32")}
         return [p.tobytes() for pictures, _ in batches for p in pictures], [int(n) for _, ns in batches for n in ns]
@@ -240,8 +246,13 @@ def test_a_picture_that_cannot_be_read_is_said_as_what_it_is(lawn: Lawn, tmp_pat
     lawn.store.delete(snapshot.rows[7].object_key)
     with pytest.raises(NotFound, match=snapshot.rows[7].object_key):
         list(
-            dataset.batches(
-                snapshot.rows, lawn.store, cache, classes=snapshot.classes, batch=4,
+            dataset.Stream(
+                snapshot.rows,
+                lawn.store,
+                cache,
+                classes=snapshot.classes,
+                batch=4,
                 prepare=lambda row, data: np.frombuffer(data[:3], np.uint8),
+                shape=(3,),
             )
-        )  # fmt: skip
+        )
