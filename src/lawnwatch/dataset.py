@@ -345,7 +345,7 @@ class _Fresh:
 
 def _split_fresh(records: list[_Record], settings: DataSettings, rule: _Fresh) -> None:
     """Split groups seen for the first time: a class's first groups into all three, later ones never into test."""
-    seen = {record.label for record in records if record.split is not None}
+    seen = {record.label for record in records if record.split == "test"}
     fresh: dict[str, list[_Record]] = defaultdict(list)
     for record in _usable(records):
         if record.split is None:
@@ -377,24 +377,13 @@ def _split_fresh(records: list[_Record], settings: DataSettings, rule: _Fresh) -
 def _record(catalog: Catalog, records: list[_Record]) -> bool:
     """Write what was judged otherwise than before, in one transaction; False, and nothing written, when a record that
     it touches was relabelled, fetched anew or set aside since it was read."""
-    changes = [
-        {
-            "id": r.id, "was_state": r.read[0], "was_label_id": r.label_id, "was_sha256": r.sha256,
-            "state": r.state, "reason": r.reason, "group_id": r.group, "split": r.split,
-        }
-        for r in records
-        if r.judgement != r.read
-    ]  # fmt: skip
-    if not changes:
-        return True
+    changed = [record for record in records if record.judgement != record.read]
+    new, image = _changes, ImageRecord
     with catalog.session() as session:
-        # By way of a table of this connection alone: one statement each way, where MySQL wants a round trip per UPDATE.
-        connection, new, image = session.connection(), _changes, ImageRecord
-        connection.execute(sa.schema.CreateTable(_changes, if_not_exists=True))
+        # By way of a table of this connection alone, where MySQL would want a round trip for every record.
+        session.execute(sa.schema.CreateTable(new, if_not_exists=True))
         session.execute(sa.delete(new))
-        for start in range(0, len(changes), WRITE_BATCH):
-            session.execute(sa.insert(new), changes[start : start + WRITE_BATCH])
-        written = session.execute(
+        update = (
             sa.update(image)
             .where(
                 image.id == new.c.id,
@@ -402,19 +391,33 @@ def _record(catalog: Catalog, records: list[_Record]) -> bool:
                 image.label_id == new.c.was_label_id,
                 image.sha256 == new.c.was_sha256,
             )
-            .values(
-                state=new.c.state,
-                reason=new.c.reason,
-                group_id=new.c.group_id,
-                split=new.c.split,
-                updated_at=utc_now(),
-            )
+            .values({name: new.c[name] for name in ("state", "reason", "group_id", "split")})
+            .values(updated_at=utc_now())
             .execution_options(synchronize_session=False)
         )
-        session.execute(sa.delete(new))
-        whole = affected(written) == len(changes)
+        whole = True
+        for start in range(0, len(changed), WRITE_BATCH):
+            batch = changed[start : start + WRITE_BATCH]
+            session.execute(sa.insert(new), [_change(record) for record in batch])
+            whole = affected(session.execute(update)) == len(batch)
+            session.execute(sa.delete(new))
+            if not whole:
+                break
         (session.commit if whole else session.rollback)()
-        return whole
+    return whole
+
+
+def _change(record: _Record) -> dict[str, Any]:
+    return {
+        "id": record.id,
+        "was_state": record.read[0],
+        "was_label_id": record.label_id,
+        "was_sha256": record.sha256,
+        "state": record.state,
+        "reason": record.reason,
+        "group_id": record.group,
+        "split": record.split,
+    }
 
 
 def _text(length: int) -> sa.types.TypeEngine[str]:
