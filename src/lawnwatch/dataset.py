@@ -345,7 +345,7 @@ class _Fresh:
 
 def _split_fresh(records: list[_Record], settings: DataSettings, rule: _Fresh) -> None:
     """Split groups seen for the first time: a class's first groups into all three, later ones never into test."""
-    seen = {record.label for record in records if record.split is not None}
+    seen = {record.label for record in records if record.split == "test"}
     fresh: dict[str, list[_Record]] = defaultdict(list)
     for record in _usable(records):
         if record.split is None:
@@ -377,24 +377,13 @@ def _split_fresh(records: list[_Record], settings: DataSettings, rule: _Fresh) -
 def _record(catalog: Catalog, records: list[_Record]) -> bool:
     """Write what was judged otherwise than before, in one transaction; False, and nothing written, when a record that
     it touches was relabelled, fetched anew or set aside since it was read."""
-    changes = [
-        {
-            "id": r.id, "was_state": r.read[0], "was_label_id": r.label_id, "was_sha256": r.sha256,
-            "state": r.state, "reason": r.reason, "group_id": r.group, "split": r.split,
-        }
-        for r in records
-        if r.judgement != r.read
-    ]  # fmt: skip
-    if not changes:
-        return True
+    changed = [record for record in records if record.judgement != record.read]
+    new, image = _changes, ImageRecord
     with catalog.session() as session:
-        # By way of a table of this connection alone: one statement each way, where MySQL wants a round trip per UPDATE.
-        connection, new, image = session.connection(), _changes, ImageRecord
-        connection.execute(sa.schema.CreateTable(_changes, if_not_exists=True))
+        # By way of a table of this connection alone, where MySQL would want a round trip for every record.
+        session.execute(sa.schema.CreateTable(new, if_not_exists=True))
         session.execute(sa.delete(new))
-        for start in range(0, len(changes), WRITE_BATCH):
-            session.execute(sa.insert(new), changes[start : start + WRITE_BATCH])
-        written = session.execute(
+        update = (
             sa.update(image)
             .where(
                 image.id == new.c.id,
@@ -402,19 +391,33 @@ def _record(catalog: Catalog, records: list[_Record]) -> bool:
                 image.label_id == new.c.was_label_id,
                 image.sha256 == new.c.was_sha256,
             )
-            .values(
-                state=new.c.state,
-                reason=new.c.reason,
-                group_id=new.c.group_id,
-                split=new.c.split,
-                updated_at=utc_now(),
-            )
+            .values({name: new.c[name] for name in ("state", "reason", "group_id", "split")})
+            .values(updated_at=utc_now())
             .execution_options(synchronize_session=False)
         )
-        session.execute(sa.delete(new))
-        whole = affected(written) == len(changes)
+        whole = True
+        for start in range(0, len(changed), WRITE_BATCH):
+            batch = changed[start : start + WRITE_BATCH]
+            session.execute(sa.insert(new), [_change(record) for record in batch])
+            whole = affected(session.execute(update)) == len(batch)
+            session.execute(sa.delete(new))
+            if not whole:
+                break
         (session.commit if whole else session.rollback)()
-        return whole
+    return whole
+
+
+def _change(record: _Record) -> dict[str, Any]:
+    return {
+        "id": record.id,
+        "was_state": record.read[0],
+        "was_label_id": record.label_id,
+        "was_sha256": record.sha256,
+        "state": record.state,
+        "reason": record.reason,
+        "group_id": record.group,
+        "split": record.split,
+    }
 
 
 def _text(length: int) -> sa.types.TypeEngine[str]:
@@ -1110,118 +1113,86 @@ class ObjectCache:
 Prepare = Callable[[Row, bytes], NDArray[np.uint8]]
 
 
-def stream(
-    rows: Sequence[Row],
-    store: ObjectStore,
-    cache: ObjectCache,
-    *,
-    classes: Sequence[str],
-    size: int,
-    max_pixels: int,
-    batch: int,
-    shuffle_seed: int | None = None,
-    parallel: int = PARALLEL,
-) -> Any:
-    """Pictures as training sees them: a tf.data.Dataset of ((b, size, size, 3) uint8 RGB, (b,) int32) batches.
+def decoder(size: int, *, max_pixels: int) -> Prepare:
+    """A picture's bytes to (size, size, 3) uint8 RGB, as serving decodes them."""
 
-    Fetched and decoded as serving decodes, `parallel` at a time, while earlier batches are used; held in memory are
-    those and two batches. The order is that of the rows, or one that depends on `shuffle_seed` alone.
+    def decode(_row: Row, data: bytes) -> NDArray[np.uint8]:
+        return images.decode(data, size=size, max_pixels=max_pixels)
 
-    Iterating raises tf.errors.OpError where a picture cannot be read; `batches` raises what lies behind it.
+    return decode
+
+
+class Stream:
+    """Pictures in batches, fetched and prepared by tf.data in other threads while earlier batches are used.
+
+    `dataset` is the tf.data.Dataset of ((b, *shape) uint8, (b,) int32 class numbers). Iterating over the stream gives
+    the same as NumPy arrays, and raises what really happened (NotFound, IntegrityError, Unavailable, ImageError) where
+    TensorFlow would only quote it. In memory are the pictures under way and two batches.
 
     Args:
+        rows: the pictures, in their order.
         classes: a label's index here is its class number.
         batch: pictures in a batch; the last one may have fewer.
+        prepare: a row and its bytes to a uint8 array; called in several threads.
+        shape: of what `prepare` returns.
+        shuffle_seed: another order, which depends on this number alone.
+        parallel: pictures under way at once.
     """
-    decode = partial(_decode, size=size, max_pixels=max_pixels)
-    source = _Source(rows, store, cache, classes, decode, shape=(size, size, 3))
-    return source.dataset(batch, shuffle_seed=shuffle_seed, parallel=parallel)
-
-
-def batches(
-    rows: Sequence[Row],
-    store: ObjectStore,
-    cache: ObjectCache,
-    *,
-    classes: Sequence[str],
-    batch: int,
-    prepare: Prepare,
-    parallel: int = PARALLEL,
-) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int32]]]:
-    """The same pipeline, in the rows' order, for what `prepare` makes of each picture's bytes.
-
-    Args:
-        prepare: a row and its bytes to a uint8 array, of the same shape for every row; called in several threads.
-
-    Yields:
-        (b, …) uint8 and (b,) int32 class numbers.
-
-    Raises:
-        NotFound, IntegrityError, Unavailable: as `ObjectCache.read`; and whatever `prepare` raises.
-    """
-    import tensorflow as tf
-
-    source = _Source(rows, store, cache, classes, prepare)
-    try:
-        yield from source.dataset(batch, shuffle_seed=None, parallel=parallel).as_numpy_iterator()
-    except tf.errors.OpError:
-        if source.fault is None:
-            raise
-        raise source.fault from None
-
-
-def _decode(_row: Row, data: bytes, *, size: int, max_pixels: int) -> NDArray[np.uint8]:
-    return images.decode(data, size=size, max_pixels=max_pixels)
-
-
-class _Source:
-    """Rows to arrays, in the threads of tf.data; the first fault is kept, for TensorFlow only passes its text on."""
 
     def __init__(
         self,
         rows: Sequence[Row],
         store: ObjectStore,
         cache: ObjectCache,
-        classes: Sequence[str],
-        prepare: Prepare,
         *,
-        shape: tuple[int, ...] | None = None,
+        classes: Sequence[str],
+        batch: int,
+        prepare: Prepare,
+        shape: tuple[int, ...],
+        shuffle_seed: int | None = None,
+        parallel: int = PARALLEL,
     ) -> None:
-        self.rows = rows
-        self.store = store
-        self.cache = cache
-        self.labels = np.array([classes.index(row.label) for row in rows], np.int32)
-        self.prepare = prepare
-        self.shape = shape
-        self.fault: Exception | None = None
-
-    def read(self, number: int) -> NDArray[np.uint8]:
-        row = self.rows[number]
-        try:
-            return self.prepare(row, self.cache.read(self.store, row.object_key, row.sha256))
-        except Exception as error:
-            self.fault = self.fault or error
-            raise
-
-    def dataset(self, batch: int, *, shuffle_seed: int | None, parallel: int) -> Any:
         import tensorflow as tf
 
-        order = np.arange(len(self.rows))
+        self._rows = rows
+        self._store = store
+        self._cache = cache
+        self._prepare = prepare
+        self._fault: Exception | None = None
+        labels = np.array([classes.index(row.label) for row in rows], np.int32)
+        order = np.arange(len(rows))
         if shuffle_seed is not None:
             order = np.random.default_rng(shuffle_seed).permutation(order)
 
         def load(number: Any, label: Any) -> Any:
-            picture = tf.numpy_function(self.read, [number], tf.uint8, stateful=False)
-            if self.shape is not None:
-                picture.set_shape(self.shape)
+            picture = tf.numpy_function(self._read, [number], tf.uint8, stateful=False)
+            picture.set_shape(shape)
             return picture, label
 
         options = tf.data.Options()
         options.threading.private_threadpool_size = parallel  # the shared pool has a thread a core: few for waiting
-        return (
-            tf.data.Dataset.from_tensor_slices((order, self.labels[order]))
+        self.dataset = (
+            tf.data.Dataset.from_tensor_slices((order, labels[order]))
             .map(load, num_parallel_calls=parallel, deterministic=True)
             .batch(batch)
             .prefetch(2)
             .with_options(options)
         )
+
+    def __iter__(self) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int32]]]:
+        import tensorflow as tf
+
+        try:
+            yield from self.dataset.as_numpy_iterator()
+        except tf.errors.OpError:
+            if self._fault is None:
+                raise
+            raise self._fault from None
+
+    def _read(self, number: int) -> NDArray[np.uint8]:
+        row = self._rows[number]
+        try:
+            return self._prepare(row, self._cache.read(self._store, row.object_key, row.sha256))
+        except Exception as error:
+            self._fault = self._fault or error
+            raise

@@ -384,12 +384,15 @@ def _decoded(
     settings: Settings, store: ObjectStore, snapshot: dataset.Snapshot, rows: Sequence[dataset.Row]
 ) -> NDArray[np.uint8]:
     """A few pictures as serving sees them, (n, 224, 224, 3) uint8."""
-
-    def plain(_row: dataset.Row, data: bytes) -> NDArray[np.uint8]:
-        return images.decode(data, size=model.SIZE, max_pixels=settings.images.max_pixels)
-
-    cache = dataset.ObjectCache.of(settings)
-    found = dataset.batches(rows, store, cache, classes=snapshot.classes, batch=len(rows), prepare=plain)
+    found = dataset.Stream(
+        rows,
+        store,
+        dataset.ObjectCache.of(settings),
+        classes=snapshot.classes,
+        batch=len(rows),
+        prepare=dataset.decoder(model.SIZE, max_pixels=settings.images.max_pixels),
+        shape=(model.SIZE, model.SIZE, 3),
+    )
     return np.concatenate([pictures for pictures, _ in found])
 
 
@@ -445,13 +448,14 @@ class Extractor:
             else:
                 keep(i, known)
         # Pictures are fetched, decoded and augmented in other threads while the network works on those before.
-        prepared = dataset.batches(
+        prepared = dataset.Stream(
             [rows[i] for i in missing],
             self._store,
             self._pictures,
             classes=snapshot.classes,
             batch=max(1, 32 // (views + 1)),
             prepare=partial(self._views, views=views),
+            shape=(views + 1, model.SIZE, model.SIZE, 3),
             parallel=PREPARED_AT_ONCE,
         )
         waiting = iter(missing)

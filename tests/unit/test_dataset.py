@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from PIL import Image
 
 from lawn import Lawn, Picture, jpeg, scene
-from lawnwatch import dataset
+from lawnwatch import cli, dataset
 from lawnwatch.catalog import ImageRecord, SnapshotRecord
 from lawnwatch.errors import DataError, InputError, IntegrityError, NotFound, Unavailable
 from lawnwatch.store import LocalStore, ObjectInfo
@@ -430,6 +430,25 @@ def test_rotten_and_missing_objects_are_found(lawn: Lawn) -> None:
         "missing_object": 1,
     }
     assert snapshot.rows[0].url in report["faults"]["altered_object"]["first"][0]
+
+
+def test_the_command_line_says_what_is_wrong_with_exit_code_4(
+    lawn: Lawn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lawn.fill(10)
+    snapshot = lawn.snapshot()
+    monkeypatch.setattr(cli, "opened", lambda: (lawn.settings, lawn.catalog, lawn.store))
+
+    def run(*argv: str) -> tuple[int, dict[str, Any]]:
+        code = cli.app(["snapshot", *argv], standalone_mode=False)
+        return int(code or 0), json.loads(capsys.readouterr().out)
+
+    assert run("verify", "--pixels") == (0, {**verify(lawn, pixels=True)})
+    assert run("diff", snapshot.id[:8])[1]["message"].endswith("0 moved to another split.")
+    lawn.store.delete(snapshot.rows[3].object_key)
+    code, report = run("verify", snapshot.id[:12])
+    assert (code, report["ok"], report["faults"]["missing_object"]["count"]) == (4, False, 1)
+    assert run("create", "--new-to-test", "0.3")[0] == 99
 
 
 def test_a_group_in_two_splits_is_found(lawn: Lawn) -> None:
