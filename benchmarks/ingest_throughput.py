@@ -27,6 +27,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "infra"), str(ROOT / "tests")]
@@ -42,7 +43,7 @@ TARGET = 0.8
 class Photographs(asyncio.Protocol):
     """HTTP/1.1 with keep-alive, no more: `/N` is photograph N modulo their number, with N after its last byte."""
 
-    photos: list[bytes] = []
+    photos: ClassVar[list[bytes]] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport

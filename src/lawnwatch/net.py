@@ -280,7 +280,8 @@ class _Connections:
                 self._shared.pop(origin, None)
         multiplexed = response.extensions.get("http_version") == b"HTTP/2"
         if multiplexed:
-            self._shared[origin] = self._shared.pop(origin, connection)
+            shared = self._shared.pop(origin, connection)
+            self._shared[origin] = shared if shared.is_available() else connection
         try:
             yield response
         finally:

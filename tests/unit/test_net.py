@@ -17,15 +17,18 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import h2.config
+import h2.connection
+import h2.events
 import httpcore
 import pytest
 
 from lawnwatch import net
 from lawnwatch.config import FetchSettings
 from lawnwatch.errors import BlockedSource, ImageTooLarge
-from lawnwatch.net import Fetcher, FetchFailed, GuardedBackend, Refused
+from lawnwatch.net import Fetcher, FetchFailed, GuardedBackend, NotModified, Refused
 
 pytestmark = pytest.mark.unit
 
@@ -38,9 +41,15 @@ class Web(http.server.ThreadingHTTPServer):
     def __init__(self) -> None:
         self.asked: Counter[str] = Counter()
         self.hosts: list[str] = []
+        self.connections = 0
+        self.headers: list[Any] = []
         self.pages: dict[str, Callable[[http.server.BaseHTTPRequestHandler], None]] = {}
         super().__init__(("127.0.0.1", 0), Handler)
         self.base = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def get_request(self) -> Any:
+        self.connections += 1
+        return super().get_request()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # clients that hang up are what these tests are about
@@ -53,6 +62,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.asked[self.path] += 1
         self.server.hosts.append(self.headers["Host"])
+        self.server.headers.append(self.headers)
         self.server.pages[self.path](self)
 
     def log_message(self, format: str, *args: object) -> None:
@@ -170,6 +180,12 @@ HOSTILE = [
     "64:ff9b::7f00:1",
     "64:ff9b::a9fe:a9fe",
     "64:ff9b:1::7f00:1",
+    "64:ff9b:1:ffff::a00:1",
+    "::ffff:0:127.0.0.1",
+    "5f00::1",
+    "4000::1",
+    "2001:20::1",
+    "2001:1ff:ffff::1",
     "100::1",
     "2001::1",
     "2001:0:7f00:1::",
@@ -228,6 +244,17 @@ def test_16_no_address_of_a_forbidden_network_passes_in_any_embedding() -> None:
         "①②⑦.0.0.1",
         "0",
         "127.0.0.1.",
+        "0177.0.0.1",
+        "0x7f.1",
+        "[::ffff:127.0.0.1]",
+        "[::ffff:7f00:1]",
+        "[64:ff9b::7f00:1]",
+        "[2002:7f00:1::]",
+        "[::1%25lo]",
+        "[fe80::1%25lo]",
+        "ⓛⓞⓒⓐⓛⓗⓞⓢⓣ",
+        "localhost。",
+        "127。0。0。1",
     ],
 )
 async def test_16_ways_to_write_loopback(host: str) -> None:
@@ -236,6 +263,8 @@ async def test_16_ways_to_write_loopback(host: str) -> None:
         await fetch(f"http://{host}/a.jpg", allow_cidrs=[], attempts=1)
     if isinstance(caught.value, FetchFailed):
         assert caught.value.reason == "connect" and "address" in caught.value.message, "not even resolved"
+    else:
+        assert caught.value.reason in ("private_address", "bad_url")
 
 
 async def test_16_one_bad_address_among_good_ones_refuses_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,6 +298,17 @@ async def test_17_redirects_are_followed_relative_and_counted(web: Web) -> None:
         await fetch(f"{web.base}/1")
     assert caught.value.reason == "too_many_redirects" and caught.value.permanent
     assert sum(web.asked.values()) == 4
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://good.example\\@evil.example/a", "http://evil.example#.good.example/", "http://evil.example?.good.example"],
+)
+async def test_17_the_host_that_is_checked_is_the_host_that_is_asked(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = resolve(monkeypatch, {"evil.example": [["127.0.0.1"]], "good.example": [["127.0.0.1"]]})
+    with pytest.raises(Refused):
+        await fetch(url, allow_hosts=["good.example"])
+    assert not asked
 
 
 async def test_17_each_hop_must_be_on_the_list_of_hosts(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,18 +354,25 @@ async def test_18_the_checked_address_is_the_one_dialled(web: Web, monkeypatch: 
     assert web.hosts == [f"rebind.example:{port}"], "Host stays that of the URL"
 
 
-@pytest.fixture
-async def tls(tmp_path: Path) -> AsyncIterator[tuple[int, list[str | None], Path]]:
-    """A TLS server with a certificate for secure.example: its port, the names that clients asked for, its authority."""
-    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A certificate for secure.example and its key; the certificate is its own authority."""
+    folder = tmp_path_factory.mktemp("tls")
+    key, certificate = folder / "key.pem", folder / "cert.pem"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=secure.example",
          "-addext", "subjectAltName=DNS:secure.example", "-keyout", key, "-out", certificate],
         check=True,
         capture_output=True,
     )  # fmt: skip
+    return certificate, key
+
+
+@pytest.fixture
+async def tls(certificate: tuple[Path, Path]) -> AsyncIterator[tuple[int, list[str | None], Path]]:
+    """A TLS server with a certificate for secure.example: its port, the names that clients asked for, its authority."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
+    context.load_cert_chain(*certificate)
     names: list[str | None] = []
     context.sni_callback = lambda _socket, name, _context: names.append(name)
 
@@ -338,7 +385,7 @@ async def tls(tmp_path: Path) -> AsyncIterator[tuple[int, list[str | None], Path
         writer.close()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
-    yield server.sockets[0].getsockname()[1], names, certificate
+    yield server.sockets[0].getsockname()[1], names, certificate[0]
     server.close()
 
 
@@ -507,6 +554,201 @@ async def test_22_an_endless_body_ends_at_the_cap(web: Web) -> None:
     web.pages["/a"] = endless
     with pytest.raises(ImageTooLarge):
         await fetch(f"{web.base}/a", max_bytes=1_000_000)
+
+
+# --- asking again later, and keeping connections --------------------------------------------------------------------
+
+
+async def test_a_source_is_asked_only_for_something_newer(web: Web) -> None:
+    def page(handler: http.server.BaseHTTPRequestHandler) -> None:
+        known = handler.headers["If-None-Match"] == '"v1"' or handler.headers["If-Modified-Since"] == "yesterday"
+        answer(304 if known else 200, b"" if known else b"picture", ETag='"v1"', Last_Modified="yesterday")(handler)
+
+    web.pages["/a"] = page
+    first = await fetch(f"{web.base}/a")
+    assert (first.etag, first.last_modified) == ('"v1"', "yesterday")
+    assert "If-None-Match" not in web.headers[0]
+    async with Fetcher(settings()) as fetcher:
+        for known in ({"etag": '"v1"'}, {"last_modified": "yesterday"}):
+            with pytest.raises(NotModified):
+                await fetcher.fetch(f"{web.base}/a", **known)
+        assert (await fetcher.fetch(f"{web.base}/a", etag='"v0"')).data == b"picture"
+    assert web.asked["/a"] == 4
+
+
+async def test_an_etag_too_long_to_keep_is_none(web: Web) -> None:
+    web.pages["/a"] = answer(ETag='"' + "x" * 300 + '"', Last_Modified="x" * 65)
+    fetched = await fetch(f"{web.base}/a")
+    assert (fetched.etag, fetched.last_modified) == (None, None)
+
+
+async def test_connections_are_kept_and_used_again(web: Web) -> None:
+    web.pages |= {"/a": answer(), "/gone": answer(404, b"no"), "/moved": answer(302, b"there", Location="/a")}
+    async with Fetcher(settings(per_host=2)) as fetcher:
+        for _ in range(5):
+            await asyncio.gather(*(fetcher.fetch(f"{web.base}/{path}") for path in ("a", "moved", "a")))
+            with pytest.raises(FetchFailed):
+                await fetcher.fetch(f"{web.base}/gone")
+    assert web.connections == 2, "as many as were ever used at once"
+
+
+async def test_no_more_connections_are_kept_than_there_are_slots(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = web.server_address[1]
+    resolve(monkeypatch, {f"{number}.example": [["127.0.0.1"]] for number in range(6)})
+    web.pages["/a"] = answer()
+    async with Fetcher(settings(concurrency=2)) as fetcher:
+        for number in range(6):
+            await fetcher.fetch(f"http://{number}.example:{port}/a")
+        assert sum(map(len, fetcher._connections._idle.values())) == 2
+        assert not fetcher._hosts, "hosts that behave are forgotten"
+
+
+async def test_a_connection_that_the_server_closed_is_not_used_again(web: Web) -> None:
+    web.pages["/a"] = answer()
+    async with Fetcher(settings(attempts=1)) as fetcher:
+        await fetcher.fetch(f"{web.base}/a")
+        kept = next(iter(fetcher._connections._idle.values()))[0]
+        await kept._connection._network_stream.aclose()  # type: ignore[union-attr]
+        assert (await fetcher.fetch(f"{web.base}/a")).data == b"picture"
+    assert web.connections == 2
+
+
+class Http2(asyncio.Protocol):
+    """The least that speaks HTTP/2: answers each request when all `at_once` are there."""
+
+    connections = 0
+    waiting: ClassVar[list[tuple[Http2, int]]] = []
+    at_once = 1
+
+    def connection_made(self, transport: Any) -> None:
+        Http2.connections += 1
+        self.transport = transport
+        self.http = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
+        self.http.initiate_connection()
+        transport.write(self.http.data_to_send())
+
+    def data_received(self, data: bytes) -> None:
+        for event in self.http.receive_data(data):
+            if isinstance(event, h2.events.RequestReceived):
+                Http2.waiting.append((self, event.stream_id))
+        if len(Http2.waiting) >= Http2.at_once:
+            for connection, stream in Http2.waiting:
+                connection.http.send_headers(stream, [(":status", "200"), ("etag", '"two"')])
+                connection.http.send_data(stream, b"picture", end_stream=True)
+                connection.transport.write(connection.http.data_to_send())
+            Http2.waiting.clear()
+        self.transport.write(self.http.data_to_send())
+
+
+async def test_http2_carries_many_requests_on_one_connection(
+    certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    server = await asyncio.get_running_loop().create_server(Http2, "127.0.0.1", 0, ssl=context)
+    url = f"https://secure.example:{server.sockets[0].getsockname()[1]}/a"
+    resolve(monkeypatch, {"secure.example": [["127.0.0.1"]]})
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+    async with Fetcher(settings(per_host=6)) as fetcher:
+        assert (await fetcher.fetch(url)).etag == '"two"'
+        Http2.at_once = 6  # answered only when all six are under way at the same time
+        found = await asyncio.gather(*(fetcher.fetch(url) for _ in range(6)))
+    server.close()
+    assert [each.data for each in found] == [b"picture"] * 6
+    assert Http2.connections == 1
+
+
+# --- many hosts -----------------------------------------------------------------------------------------------------
+
+
+async def test_waiting_for_the_host_does_not_count_against_the_deadline(web: Web) -> None:
+    def slow(handler: http.server.BaseHTTPRequestHandler) -> None:
+        time.sleep(0.3)
+        answer()(handler)
+
+    web.pages["/a"] = slow
+    async with Fetcher(settings(per_host=1, total_timeout=0.8, attempts=1)) as fetcher:
+        found = await asyncio.gather(*(fetcher.fetch(f"{web.base}/a") for _ in range(5)))
+    assert all(each.seconds < 0.8 for each in found)
+
+
+async def test_23_a_host_that_hangs_holds_no_more_than_its_share(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = web.server_address[1]
+    resolve(monkeypatch, {name: [["127.0.0.1"]] for name in ("hangs.example", "good.example")})
+    others_are_done = threading.Event()
+
+    def hangs(handler: http.server.BaseHTTPRequestHandler) -> None:
+        assert others_are_done.wait(20)
+        answer()(handler)
+
+    web.pages |= {"/hangs": hangs, "/good": answer()}
+    async with Fetcher(settings(per_host=2, concurrency=3, read_timeout=30)) as fetcher:
+        hanging = [asyncio.create_task(fetcher.fetch(f"http://hangs.example:{port}/hangs")) for _ in range(20)]
+        while web.asked["/hangs"] < 2:
+            await asyncio.sleep(0.01)
+        assert (fetcher.waiting, fetcher.in_flight) == (18, 2)
+        await asyncio.gather(*(fetcher.fetch(f"http://good.example:{port}/good") for _ in range(10)))
+        assert web.asked["/hangs"] == 2
+        others_are_done.set()
+        await asyncio.gather(*hanging)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_23_a_dead_host_is_left_alone_and_then_given_up(web: Web) -> None:
+    web.pages |= {f"/{number}": answer(503, b"") for number in range(40)}
+    limits = settings(host_failures=3, host_pause=0.2, per_host=2, attempts=2)
+    async with Fetcher(limits) as fetcher:
+        tasks = [fetcher.fetch(f"{web.base}/{number}") for number in range(40)]
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        reasons = Counter(each.reason for each in found if isinstance(each, FetchFailed))
+        assert set(reasons) <= {"http_503", "host_down"} and sum(reasons.values()) == 40
+        assert reasons["host_down"] >= 30
+        assert sum(web.asked.values()) <= 12, "three that fail, those under way, and the same after the rest"
+        # After its rest a host gets another chance, and a success is all that it takes.
+        web.pages = dict.fromkeys(web.pages, answer())
+        await asyncio.sleep(0.25)
+        assert (await fetcher.fetch(f"{web.base}/1")).data == b"picture"
+        assert len(await asyncio.gather(*(fetcher.fetch(f"{web.base}/{number}") for number in range(40)))) == 40
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_23_one_broken_picture_is_no_broken_host(web: Web) -> None:
+    web.pages |= {"/broken": answer(500, b""), "/good": answer()}
+    async with Fetcher(settings(host_failures=2, host_pause=600)) as fetcher:
+        for _ in range(3):
+            with pytest.raises(FetchFailed):
+                await fetcher.fetch(f"{web.base}/broken")
+        async with asyncio.timeout(10):
+            assert (await fetcher.fetch(f"{web.base}/good")).data == b"picture"
+
+
+async def test_20_retry_after_is_for_the_whole_host(web: Web) -> None:
+    asked: list[tuple[str, float]] = []
+
+    def page(handler: http.server.BaseHTTPRequestHandler) -> None:
+        asked.append((handler.path, time.monotonic()))
+        answer(429 if len(asked) == 1 else 200, b"picture", Retry_After="1")(handler)
+
+    web.pages |= {"/a": page, "/b": page}
+    async with Fetcher(settings()) as fetcher:
+        first = asyncio.create_task(fetcher.fetch(f"{web.base}/a"))
+        while not asked:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        await fetcher.fetch(f"{web.base}/b")
+        await first
+    assert all(moment - asked[0][1] > 0.9 for _, moment in asked[1:])
+
+
+async def test_21_a_silent_name_server_counts_as_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    awake = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: awake.wait(20))
+    async with asyncio.timeout(10):
+        with pytest.raises(FetchFailed) as caught:
+            await fetch("http://silent.example/a", connect_timeout=0.1, attempts=1)
+    awake.set()
+    assert caught.value.reason == "timeout"
 
 
 async def test_one_host_gets_no_more_than_its_share(web: Web) -> None:
