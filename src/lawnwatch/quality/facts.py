@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import sqlalchemy as sa
@@ -21,7 +21,9 @@ CHUNK = 10_000  # records read at once
 REFUSED = ("quarantined", "blocked", "gone", "failed")  # states of records that gave nothing to train on
 JUDGED_BY_SETTLE = ("label_conflict", "split_bridge")  # quarantined, though the fetch was good
 
-Floats = NDArray[np.float64]
+HOST = re.compile(r"https?://(?:[^/?#]*@)?(\[[^\]]*\]|[^/?#:]*)", re.IGNORECASE)
+
+Floats = NDArray[np.float32] | NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class Pictures:
         id: (n,) int64, the first record of the picture.
         label: (n,) int32, class number.
         split: (n,) int8, place in `dataset.SPLITS`; -1 when it has none.
-        side: (n,) float64, shorter side, pixels.
-        brightness, sharpness: (n,) float64, as `images` measures them. All three are NaN where not measured.
+        side: (n,) float32, shorter side, pixels.
+        brightness, sharpness: (n,) float32, as `images` measures them. All three are NaN where not measured.
         digest: SHA-256 of all of it with the pictures' own.
     """
 
@@ -139,10 +141,12 @@ def read_facts(catalog: Catalog) -> Facts:
     for rows in _stored(catalog):
         hosts.update(host_of(row.url) for row in rows)
         sources.update(row.source_status or "not asked again" for row in rows)
-        chunks.append(_columns([row for row in rows if row.label_id in numbers], numbers))
+        chunks.append(_columns(rows, numbers))
     table = np.concatenate(chunks) if chunks else _columns([], numbers)
     _, first = np.unique(table["sha"], return_index=True)  # of copies, the first record speaks
     distinct = table[first]
+    groups, records = len(np.unique(table["group"])), len(table)
+    del table, chunks  # half of the memory
     pictures = Pictures(
         id=distinct["id"],
         label=distinct["label"],
@@ -150,13 +154,13 @@ def read_facts(catalog: Catalog) -> Facts:
         side=distinct["side"],
         brightness=distinct["brightness"],
         sharpness=distinct["sharpness"],
-        digest=hashlib.sha256(distinct.tobytes()).hexdigest(),
+        digest=hashlib.sha256(distinct.view(np.uint8)).hexdigest(),
     )
     return Facts(
         classes=classes,
         pictures=pictures,
-        records=len(table),
-        groups=len(np.unique(table["group"])),
+        records=records,
+        groups=groups,
         hosts=dict(sorted(hosts.items(), key=lambda item: (-item[1], item[0]))),
         sources=dict(sources.most_common()),
         outcomes=outcomes,
@@ -211,29 +215,29 @@ def _columns(rows: Sequence[Any], numbers: dict[int, int]) -> NDArray[Any]:
     return np.array(
         [
             (
-                row.id,
-                row.sha256[:32],
-                (row.group_id or row.sha256)[:32],
-                numbers[row.label_id],
-                place.get(row.split, -1),
-                min(row.width, row.height) if row.width and row.height else nan,
-                nan if row.brightness is None else row.brightness,
-                nan if row.sharpness is None else row.sharpness,
+                number,
+                bytes.fromhex(sha256[:32]),
+                bytes.fromhex((group or sha256)[:32]),
+                numbers[label],
+                place.get(split, -1),
+                min(width, height) if width and height else nan,
+                nan if brightness is None else brightness,
+                nan if sharpness is None else sharpness,
             )
-            for row in rows
+            for number, label, sha256, group, split, width, height, brightness, sharpness, *_ in rows
+            if label in numbers
         ],
         dtype=[
-            ("id", np.int64), ("sha", "S32"), ("group", "S32"), ("label", np.int32), ("split", np.int8),
-            ("side", np.float64), ("brightness", np.float64), ("sharpness", np.float64),
+            ("id", np.int64), ("sha", "S16"), ("group", "S16"), ("label", np.int32), ("split", np.int8),
+            ("side", np.float32), ("brightness", np.float32), ("sharpness", np.float32),
         ],
     )  # fmt: skip
 
 
 def host_of(url: str) -> str:
-    try:
-        return urlsplit(url).hostname or url
-    except ValueError:
-        return url
+    """The host of a source URL; a million of them take a second, which urlsplit does not."""
+    found = HOST.match(url)
+    return found[1].lower() if found else url
 
 
 def _quantiles(column: Floats) -> dict[str, float]:
