@@ -43,6 +43,7 @@ Split = Literal["train", "validation", "test"]
 FINISHED = ("failed", "gone", "blocked", "quarantined")  # what `retry` may make pending again
 MAX_URL = 2048
 IMPORT_BATCH = 1000  # rows in one statement: at most 8 MB of URLs, half of MariaDB's default max_allowed_packet
+IMPORT_PATIENCE = 60.0  # seconds that an import waits for a database that restarts
 PAGE = 5000  # records read or changed in one transaction, where a million may be meant
 PROGRESS_SECONDS = 2.0
 MAX_LOST_CLAIMS = 5
@@ -531,7 +532,7 @@ class Catalog:
                         report.rejected += 1
                 try:
                     work = partial(self._add_rows, good, source, labels, look=not added)
-                    added, conflicts = self.retried(work, patience=60)
+                    added, conflicts = self.retried(work, patience=IMPORT_PATIENCE)
                 except Unavailable as error:
                     raise Unavailable(
                         f"{error.message} {report.rows:,} rows had been imported by then.",
