@@ -571,7 +571,7 @@ class Catalog:
             first.setdefault(key, row)
         with self.session() as session:
             there = self._label_ids_of(session, first) if look else {}
-            missing = {row.label for row in first.values()} - known.keys()
+            missing = {row.label for row in rows} - known.keys()
             labels = self._label_ids(session, missing)
             if missing := missing - labels.keys():
                 # A label comes into being with a record of its own, not with a row that is a conflict.
@@ -928,18 +928,25 @@ class Catalog:
     def lock_pending(self, session: Session, limit: int, label_ids: list[int] | None) -> list[int]:
         """Ids of pending records, locked for this transaction; those that another one holds are passed over.
 
-        Of several labels each gets its share, and is asked for alone: together they could not be read in the order of
-        an index, and each claim would sort all that is pending. Only `images` is read: MariaDB has no FOR UPDATE OF,
-        so a join would lock the label's row, and with it hide every record of that label from all other workers.
+        Of several labels each gets its share and then what others leave, and is asked for alone: together they could
+        not be read in the order of an index, and each claim would sort all that is pending. Only `images` is read:
+        MariaDB has no FOR UPDATE OF, so a join would lock the label's row, and with it hide every record of that label
+        from all other workers.
         """
+        turns: list[tuple[int | None, int]] = [(None, limit)]
+        if label_ids is not None:
+            turns = [(label, -(-limit // len(label_ids))) for label in label_ids]
+            turns += [(label, limit) for label in label_ids] if len(label_ids) > 1 else []
         ids: list[int] = []
-        groups = [None] if label_ids is None else label_ids
-        for number, label in enumerate(groups):
-            share = -(-(limit - len(ids)) // (len(groups) - number))
+        for label, share in turns:
+            if len(ids) == limit:
+                break
             query = sa.select(ImageRecord.id).where(ImageRecord.state == "pending")
+            if ids:  # this transaction's own locks do not make SKIP LOCKED pass over them
+                query = query.where(ImageRecord.id.not_in(ids))
             if label is not None:
                 query = query.where(ImageRecord.label_id == label)
-            query = query.order_by(ImageRecord.id).limit(share)
+            query = query.order_by(ImageRecord.id).limit(min(share, limit - len(ids)))
             if self.is_mysql:
                 # Left alone, the optimizer may walk the primary key through all that is finished already.
                 index = "ix_images_state_id" if label is None else "ix_images_state_label_id"
