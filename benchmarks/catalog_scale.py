@@ -1,8 +1,8 @@
 """A catalog of a million records on a real MariaDB: import, status, and claims while the table drains.
 
 python benchmarks/catalog_scale.py [--rows 1000000]. Each step is a process of its own, so that its memory is its own.
-Prints each figure beside what is allowed. MariaDB runs on this machine and takes its share of the cores; it is the one
-that the tests start, with a buffer pool of 64 MB, so the table does not fit into it.
+Prints each figure beside what is allowed. MariaDB runs on this machine and takes its share of the cores: its CPU
+is stated too, because wall time on a machine that does other things says little. Its buffer pool is 1 GB.
 """
 
 from __future__ import annotations
@@ -89,6 +89,8 @@ def drain() -> None:
 
 
 def main() -> None:
+    import psutil
+
     import conftest
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -105,6 +107,14 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         mariadb = conftest._start_mariadb(Path(folder))
+        mariadb.server.stop()
+        mariadb.server.argv.append("--innodb-buffer-pool-size=1G")
+        mariadb.server.start()
+        daemon = psutil.Process(mariadb.server.process.pid)
+
+        def served() -> float:
+            return sum(daemon.cpu_times()[:2])
+
         try:
             os.environ |= {"LAWNWATCH_DATABASE_URL": mariadb.fresh(), "LAWNWATCH_HOME": folder}
             file = Path(folder) / "urls.csv"
@@ -112,10 +122,14 @@ def main() -> None:
             cli = ("-m", "lawnwatch", "catalog")
             step(*cli, "status")  # the schema
             for name in ("import", "second import"):
+                before = served()
                 said, _, cpu, memory = step(*cli, "import", str(file))
                 rate = rows / float(str(said["seconds"]))
                 figure(name, f"{rate:,.0f} rows/s", rate / 20_000, "of 20,000 (≥ 1)" if name == "import" else "")
-                figure("  its CPU per row", f"{cpu / rows * 1e6:.1f} µs")
+                figure(
+                    "  CPU per row, ours and the server's",
+                    f"{cpu / rows * 1e6:.1f} + {(served() - before) / rows * 1e6:.1f} µs",
+                )
                 figure("  its memory", f"{memory} MB", memory / 300, "of 300 (≤ 1)")
             for name in ("start of a command (help)", "status"):
                 argv = ("-m", "lawnwatch", "--help") if name != "status" else (*cli, "status")

@@ -43,6 +43,7 @@ Split = Literal["train", "validation", "test"]
 FINISHED = ("failed", "gone", "blocked", "quarantined")  # what `retry` may make pending again
 MAX_URL = 2048
 IMPORT_BATCH = 1000  # rows in one statement: at most 8 MB of URLs, half of MariaDB's default max_allowed_packet
+IMPORT_PATIENCE = 60.0  # seconds that an import waits for a database that restarts
 PAGE = 5000  # records read or changed in one transaction, where a million may be meant
 PROGRESS_SECONDS = 2.0
 MAX_LOST_CLAIMS = 5
@@ -531,7 +532,7 @@ class Catalog:
                         report.rejected += 1
                 try:
                     work = partial(self._add_rows, good, source, labels, look=not added)
-                    added, conflicts = self.retried(work, patience=60)
+                    added, conflicts = self.retried(work, patience=IMPORT_PATIENCE)
                 except Unavailable as error:
                     raise Unavailable(
                         f"{error.message} {report.rows:,} rows had been imported by then.",
@@ -570,7 +571,7 @@ class Catalog:
             first.setdefault(key, row)
         with self.session() as session:
             there = self._label_ids_of(session, first) if look else {}
-            missing = {row.label for row in first.values()} - known.keys()
+            missing = {row.label for row in rows} - known.keys()
             labels = self._label_ids(session, missing)
             if missing := missing - labels.keys():
                 # A label comes into being with a record of its own, not with a row that is a conflict.
@@ -714,21 +715,26 @@ class Catalog:
             InputError: no such state, an unknown ending, or a file that cannot be written.
             DataError: no such label.
         """
-        table = IMAGES.c
-        columns = [Label.name if name == "label" else table[name] for name in EXPORTED]
+        columns = [IMAGES.c["label_id" if name == "label" else name] for name in EXPORTED]
+        types = {name: column.type.python_type for name, column in zip(EXPORTED, columns, strict=True)} | {"label": str}
         with self.session() as session:
-            query = sa.select(*columns).join(Label).where(*self._filters(session, state, label, None))
-        types = {name: column.type.python_type for name, column in zip(EXPORTED, columns, strict=True)}
+            query = sa.select(*columns).where(*self._filters(session, state, label, None)).order_by(IMAGES.c.id)
+        label_at = EXPORTED.index("label")
 
-        def page(after: int) -> Sequence[Any]:
+        def page(after: int) -> list[list[Any]]:
+            # The labels' names apart: with a join, the server would rather sort all images than walk them by id.
             with self.session() as session:
-                return session.execute(query.where(table.id > after).order_by(table.id).limit(PAGE)).all()
+                rows = [list(row) for row in session.execute(query.where(IMAGES.c.id > after).limit(PAGE))]
+                names = self._label_names(session, {row[label_at] for row in rows})
+            for row in rows:
+                row[label_at] = names[row[label_at]]
+            return rows
 
-        def pages() -> Iterator[Sequence[Any]]:
+        def pages() -> Iterator[list[list[Any]]]:
             after = 0
             while found := self.retried(partial(page, after)):
                 yield found
-                after = found[-1].id
+                after = found[-1][0]
 
         return write_rows(file, types, pages())
 
@@ -922,18 +928,25 @@ class Catalog:
     def lock_pending(self, session: Session, limit: int, label_ids: list[int] | None) -> list[int]:
         """Ids of pending records, locked for this transaction; those that another one holds are passed over.
 
-        Of several labels each gets its share, and is asked for alone: together they could not be read in the order of
-        an index, and each claim would sort all that is pending. Only `images` is read: MariaDB has no FOR UPDATE OF,
-        so a join would lock the label's row, and with it hide every record of that label from all other workers.
+        Of several labels each gets its share and then what others leave, and is asked for alone: together they could
+        not be read in the order of an index, and each claim would sort all that is pending. Only `images` is read:
+        MariaDB has no FOR UPDATE OF, so a join would lock the label's row, and with it hide every record of that label
+        from all other workers.
         """
+        turns: list[tuple[int | None, int]] = [(None, limit)]
+        if label_ids is not None:
+            turns = [(label, -(-limit // len(label_ids))) for label in label_ids]
+            turns += [(label, limit) for label in label_ids] if len(label_ids) > 1 else []
         ids: list[int] = []
-        groups = [None] if label_ids is None else label_ids
-        for number, label in enumerate(groups):
-            share = -(-(limit - len(ids)) // (len(groups) - number))
+        for label, share in turns:
+            if len(ids) == limit:
+                break
             query = sa.select(ImageRecord.id).where(ImageRecord.state == "pending")
+            if ids:  # this transaction's own locks do not make SKIP LOCKED pass over them
+                query = query.where(ImageRecord.id.not_in(ids))
             if label is not None:
                 query = query.where(ImageRecord.label_id == label)
-            query = query.order_by(ImageRecord.id).limit(share)
+            query = query.order_by(ImageRecord.id).limit(min(share, limit - len(ids)))
             if self.is_mysql:
                 # Left alone, the optimizer may walk the primary key through all that is finished already.
                 index = "ix_images_state_id" if label is None else "ix_images_state_label_id"

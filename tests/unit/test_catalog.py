@@ -1,4 +1,4 @@
-"""The catalog on SQLite: adding, importing, claiming, correcting. MariaDB: tests/integration/test_data_plane.py."""
+"""The catalog on SQLite: adding, importing, claiming, correcting. MariaDB: tests/integration/test_catalog_mysql.py."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import sys
 import threading
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,7 +20,16 @@ import pytest
 import sqlalchemy as sa
 
 from lawnwatch import catalog as catalog_module
-from lawnwatch.catalog import Base, Catalog, ImageRecord, database_faults, utc_now, worker_name
+from lawnwatch.catalog import (
+    Base,
+    Catalog,
+    ImageRecord,
+    alembic_config,
+    database_faults,
+    known_revisions,
+    utc_now,
+    worker_name,
+)
 from lawnwatch.config import Settings
 from lawnwatch.errors import Conflict, DataError, InputError, NotFound, SettingsError, Unavailable
 
@@ -333,3 +343,320 @@ def test_work_is_repeated_while_the_database_is_away_and_given_up_in_time(catalo
     with pytest.raises(Unavailable):
         catalog.retried(broken)
     assert calls == 1, "a refused password is not asked again"
+
+
+# --- importing: what is odd -----------------------------------------------------------------------------------------
+
+
+def test_24_within_a_file_the_first_label_wins_unless_the_catalog_has_one(catalog: Catalog, tmp_path: Path) -> None:
+    catalog.add(URL.format(1), "grass")
+    file = tmp_path / "a.csv"
+    rows = [(1, "moss"), (1, "grass"), (2, "clover"), (2, "grass"), (2, "clover")]
+    file.write_text("url,label\n" + "".join(f"{URL.format(number)},{label}\n" for number, label in rows))
+    report = catalog.import_file(file)
+    assert (report.added, report.unchanged, report.conflicts) == (1, 2, 2)
+    assert catalog.status().by_label == {"clover": 1, "grass": 1}, "moss is nobody's label"
+    with Path(report.reject_file or "").open(newline="") as stream:
+        rejects = [(row["line"], row["label"], row["reason"]) for row in csv.DictReader(stream)]
+    assert [(line, label) for line, label, _ in rejects] == [("2", "moss"), ("5", "grass")]
+    assert "in the catalog as grass" in rejects[0][2] and "in the catalog as clover" in rejects[1][2]
+
+
+def test_a_reject_file_is_there_only_while_something_is_rejected(catalog: Catalog, tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"url": "https://a.example/\\ud800.jpg", "label": "grass"}\n')
+    rejects = Path(catalog.import_file(file).reject_file or "")
+    assert "\\ud800" in rejects.read_text(), "text that UTF-8 cannot hold is rejected, and is no fault of ours"
+    assert list(rejects.parent.iterdir()) == [rejects]
+    file.write_text('{"url": "https://a.example/1.jpg", "label": "grass"}\n\n')
+    assert catalog.import_file(file).reject_file is None
+    assert list(rejects.parent.iterdir()) == []
+
+
+def test_cells_that_are_not_text(catalog: Catalog, tmp_path: Path) -> None:
+    lines = tmp_path / "a.jsonl"
+    labels = [0, True, 1.5, ["grass"], None, "7"]
+    lines.write_text("".join(json.dumps({"url": URL.format(n), "label": x}) + "\n" for n, x in enumerate(labels)))
+    report = catalog.import_file(lines)
+    assert (report.added, report.rejected) == (2, 4) and catalog.status().by_label == {"0": 1, "7": 1}
+    table = tmp_path / "a.parquet"
+    urls = pa.array([URL.format(10).encode(), b"https://a.example/\xff", None], pa.binary())
+    pq.write_table(pa.table({"url": urls, "label": pa.array([1, 2, 3])}), table)
+    report = catalog.import_file(table)
+    assert (report.added, report.rejected) == (1, 2)
+
+
+def test_a_quote_that_is_never_closed_and_a_line_that_never_ends(catalog: Catalog, tmp_path: Path) -> None:
+    open_quote = tmp_path / "quote.csv"
+    open_quote.write_text(f'url,label\n{URL.format(1)},grass\n"{URL.format(2)},grass\n' + "x" * 200_000)
+    report = catalog.import_file(open_quote)
+    assert report.added == 1 and report.rejected >= 1
+    assert Path(report.reject_file or "").read_text().splitlines()[1].startswith("3,")
+    endless = tmp_path / "endless.jsonl"
+    endless.write_text("x" * 3_500_000 + "\n" + json.dumps({"url": URL.format(3), "label": "grass"}) + "\n")
+    report = catalog.import_file(endless)
+    assert (report.added, report.rejected) == (1, 1)
+    assert "2," not in Path(report.reject_file or "").read_text().splitlines()[1][:2]
+
+
+@pytest.mark.parametrize("source", ["", "x" * 17, "a\nb"])
+def test_what_is_no_label_source_is_refused(catalog: Catalog, tmp_path: Path, source: str) -> None:
+    """The server would cut it off in silence."""
+    with pytest.raises(InputError, match="label source"):
+        catalog.import_file(write(tmp_path / "rows.csv"), source=source)
+
+
+def test_a_table_without_a_setting_is_read_from_the_catalogs_own_database(catalog: Catalog) -> None:
+    with catalog.engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE plants_data (id INTEGER PRIMARY KEY, url_source TEXT, label TEXT)")
+        rows = [(number, URL.format(number), "grass") for number in range(7)]
+        connection.exec_driver_sql("INSERT INTO plants_data VALUES (?, ?, ?)", rows)
+    assert catalog.import_table("plants_data").added == 7
+    assert catalog.import_table("plants_data").unchanged == 7
+    nowhere = Settings(home=catalog.settings.home, import_database_url="sqlite:////nowhere/plants.db")
+    with pytest.raises(InputError, match="LAWNWATCH_IMPORT_DATABASE_URL names a SQLite file that does not exist"):
+        Catalog(nowhere).import_table("plants_data")
+    away = Settings(home=catalog.settings.home, import_database_url="mysql+pymysql://me:canary@127.0.0.1:9/plants")
+    with pytest.raises(Unavailable, match="LAWNWATCH_IMPORT_DATABASE_URL") as caught:
+        Catalog(away).import_table("plants_data")
+    assert "canary" not in str(caught.value)
+
+
+# --- exporting and looking ------------------------------------------------------------------------------------------
+
+
+def finish_all(catalog: Catalog, *outcomes: dict[str, object]) -> list[int]:
+    """Claim as many records as there are outcomes and record those."""
+    claimed = catalog.claim(len(outcomes), worker="w:1:1")
+    assert catalog.finish("w:1:1", list(zip([r.id for r in claimed], outcomes, strict=True))) == len(outcomes)
+    return [record.id for record in claimed]
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_an_export_imported_again_changes_nothing(
+    catalog: Catalog, tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog_module, "PAGE", 2)
+    for number, label in enumerate(("grass", "=1+1", 'a "quoted", one', "Löwenzahn", "grass")):
+        catalog.add(URL.format(number), label)
+    stored = {"state": "stored", "width": 4, "brightness": 0.5, "fetched_at": utc_now(), "sha256": "0" * 64}
+    finish_all(catalog, stored, {"state": "gone", "reason": "http_404: gone, for good\nand ever"})
+    file = tmp_path / f"all.{ending}"
+    assert catalog.export(file) == 5
+    assert list(tmp_path.glob(".*")) == []
+    report = catalog.import_file(file)
+    assert (report.added, report.unchanged, report.conflicts, report.rejected) == (0, 5, 0, 0)
+    fresh = Catalog(Settings(home=tmp_path / "fresh"))
+    fresh.migrate()
+    assert fresh.import_file(file).added == 5
+    assert fresh.status().by_label == catalog.status().by_label
+    rows = pq.read_table(file).to_pylist() if ending == "parquet" else None
+    if ending == "csv":
+        with file.open(newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+    elif ending == "jsonl":
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert rows is not None and rows[1]["label"] == "=1+1", "cells are written as they are"
+    assert (int(rows[0]["width"]), float(rows[0]["brightness"]), rows[1]["state"]) == (4, 0.5, "gone")
+    assert str(rows[0]["fetched_at"])[:10] == f"{utc_now():%Y-%m-%d}"
+
+
+def test_exports_are_filtered_and_whole_or_not_there(catalog: Catalog, tmp_path: Path) -> None:
+    fill(catalog, 4)
+    finish_all(catalog, {"state": "gone", "reason": "http_404"})
+    file = tmp_path / "some.csv"
+    assert catalog.export(file, state="gone") == 1
+    assert catalog.export(file, label="grass") == 2
+    before = file.read_text()
+    with pytest.raises(InputError, match="lost"):
+        catalog.export(file, state="lost")
+    with pytest.raises(DataError, match="daisy"):
+        catalog.export(file, label="daisy")
+    with pytest.raises(InputError, match=r"\.xlsx"):
+        catalog.export(tmp_path / "some.xlsx")
+    with pytest.raises(InputError, match="cannot be written"):
+        catalog.export(tmp_path / "nowhere" / "some.csv")
+    assert file.read_text() == before and [each.name for each in tmp_path.iterdir() if each.is_file()] == ["some.csv"]
+
+
+def test_status_counts_states_labels_and_both(catalog: Catalog) -> None:
+    fill(catalog, 5)
+    finish_all(catalog, {"state": "gone", "reason": "http_404: no"}, {"state": "stored"})
+    status = catalog.status()
+    assert status.by_state == {"pending": 3, "stored": 1, "gone": 1}
+    assert status.by_label == {"dandelion": 3, "grass": 2}
+    assert status.by_label_and_state == {"dandelion": {"pending": 2, "gone": 1}, "grass": {"pending": 1, "stored": 1}}
+    assert status.reasons == {"http_404: no": 1}
+
+
+def test_records_are_listed_by_state_label_and_the_beginning_of_their_reason(catalog: Catalog) -> None:
+    fill(catalog, 6)
+    reasons = ("label_conflict: a", "label_conflict: b", "label%: c")
+    ids = finish_all(catalog, *({"state": "quarantined", "reason": reason} for reason in reasons))
+    found = catalog.select(state="quarantined", reason="label_conflict")
+    assert [(record.id, record.reason) for record in found] == list(zip(ids[:2], reasons[:2], strict=True))
+    assert [record.id for record in catalog.select(reason="label%")] == [ids[2]], "% stands for itself"
+    assert [record.id for record in catalog.select(label="grass", limit=2)] == [2, 4]
+    assert [record.id for record in catalog.select(label="grass", after=4)] == [6]
+
+
+# --- claims that were lost ------------------------------------------------------------------------------------------
+
+
+def test_a_picture_that_kills_its_workers_is_given_up_after_five(catalog: Catalog) -> None:
+    fill(catalog, 2)
+    for number in range(5):
+        taken = catalog.claim(2, worker=f"elsewhere:{number}:1", lease_seconds=-1)
+        assert [record.lost_claims for record in taken] == [number, min(number, 3)]
+        if number == 3:
+            assert catalog.finish(f"elsewhere:{number}:1", [(2, {"state": "pending"})]) == 1  # given back, not lost
+    assert [record.id for record in catalog.claim(2, worker="elsewhere:9:1", lease_seconds=-1)] == [2]
+    killer = catalog.find("1")
+    assert (killer.state, killer.lost_claims, killer.claimed_by) == ("failed", 5, None)
+    assert (killer.reason or "").startswith("worker_died: ")
+    assert catalog.finish("elsewhere:9:1", [(2, {"state": "gone", "reason": "http_404"})]) == 1
+    assert catalog.find("2").lost_claims == 0
+    assert catalog.retry(reason="worker_died") == 1
+    assert catalog.find("1").lost_claims == 0
+
+
+def test_a_renewed_lease_lasts_and_a_lost_one_cannot_be_renewed(catalog: Catalog) -> None:
+    fill(catalog, 2)
+    catalog.claim(2, worker="elsewhere:1:1", lease_seconds=-1)
+    assert catalog.renew("elsewhere:1:1", [1], lease_seconds=600) == 1
+    assert [record.id for record in catalog.claim(2, worker="elsewhere:2:1")] == [2]
+    assert catalog.renew("elsewhere:1:1", [1, 2], lease_seconds=600) == 1
+
+
+def test_several_labels_share_a_claim(catalog: Catalog) -> None:
+    for number in range(20):
+        catalog.add(URL.format(number), "grass" if number < 16 else "moss")
+    labels = [record.label.name for record in catalog.claim(8, worker="w:1:1", labels=["grass", "moss"])]
+    assert sorted(labels) == ["grass"] * 4 + ["moss"] * 4
+    assert len(catalog.claim(8, worker="w:1:1", labels=["moss", "grass"])) == 8
+
+
+class LostAnswer:
+    """The server commits, and its answer does not arrive: what a driver says then, once."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self.lost = False
+        self.catalog = catalog
+        self.commit = catalog.engine.dialect.do_commit
+
+    def __enter__(self) -> None:
+        def commit(connection: Any) -> None:
+            self.commit(connection)
+            if not self.lost:
+                self.lost = True
+                raise sqlite3.OperationalError(2013, "Lost connection to server during query")
+
+        self.catalog.engine.dialect.do_commit = commit  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        self.catalog.engine.dialect.do_commit = self.commit  # type: ignore[method-assign]
+        assert self.lost
+
+
+def test_28_a_claim_whose_answer_was_lost_is_found_again(catalog: Catalog) -> None:
+    fill(catalog, 6)
+    with LostAnswer(catalog):
+        claimed = catalog.claim(3, worker="w:1:1")
+    assert [record.id for record in claimed] == [1, 2, 3]
+    assert catalog.status().by_state == {"pending": 3, "claimed": 3}
+
+
+def test_28_outcomes_whose_answer_was_lost_count_once(catalog: Catalog) -> None:
+    fill(catalog, 3)
+    claimed = catalog.claim(3, worker="w:1:1")
+    with LostAnswer(catalog):
+        assert catalog.finish("w:1:1", [(record.id, {"state": "stored"}) for record in claimed]) == 3
+    assert catalog.finish("w:1:1", [(record.id, {"state": "gone"}) for record in claimed]) == 0
+    assert catalog.status().by_state == {"stored": 3}
+
+
+# --- correcting: what is chosen -------------------------------------------------------------------------------------
+
+
+def test_retry_takes_one_image_a_label_or_a_reason(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog_module, "PAGE", 2)
+    fill(catalog, 8)
+    failed = [{"state": "failed", "reason": f"http_50{number % 2}: no"} for number in range(7)]
+    finish_all(catalog, *failed, {"state": "gone", "reason": "http_404"})
+    assert catalog.retry(image="8") == 1 and catalog.retry(image=URL.format(0)) == 1
+    assert catalog.retry(reason="http_501", label="grass") == 3
+    assert catalog.retry(reason="http_50_") == 0
+    assert catalog.retry() == 3
+    assert catalog.status().by_state == {"pending": 8}
+    with pytest.raises(InputError, match="pending"):
+        catalog.retry(image="8")
+    with pytest.raises(NotFound):
+        catalog.retry(image="99")
+
+
+def test_25_relabelling_frees_a_picture_that_its_labels_had_quarantined(catalog: Catalog) -> None:
+    fill(catalog, 2)
+    finish_all(
+        catalog, {"state": "quarantined", "reason": "label_conflict: x"}, {"state": "quarantined", "reason": "corrupt"}
+    )
+    for image in ("1", "2"):
+        catalog.relabel(image, "clover", source="feedback")
+    assert (catalog.find("1").state, catalog.find("1").reason) == ("stored", None)
+    assert catalog.find("2").state == "quarantined", "another label does not make the bytes good"
+    assert [each["label"] for each in catalog.show("1")["label_history"]] == ["dandelion"]
+
+
+# --- the database: what it says -------------------------------------------------------------------------------------
+
+
+def test_an_up_to_date_schema_costs_no_alembic(catalog: Catalog) -> None:
+    program = (
+        "import sys; from lawnwatch.catalog import Catalog; from lawnwatch.config import Settings\n"
+        f"catalog = Catalog(Settings(home={str(catalog.settings.home)!r})); catalog.migrate()\n"
+        "sys.exit('alembic' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_the_revisions_are_those_that_alembic_sees(catalog: Catalog) -> None:
+    from alembic.script import ScriptDirectory
+
+    with catalog.engine.connect() as connection:
+        script = ScriptDirectory.from_config(alembic_config(connection))
+        assert [each.revision for each in script.walk_revisions()][::-1] == known_revisions()
+
+
+def test_a_schema_of_a_newer_lawnwatch_is_refused(catalog: Catalog) -> None:
+    with catalog.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(SettingsError, match=r"schema is 9999; this lawnwatch knows only up to"):
+        catalog.migrate()
+
+
+def test_35_a_full_disk_is_said_and_a_rerun_finishes(catalog: Catalog, tmp_path: Path) -> None:
+    def small(connection: Any, _record: Any) -> None:
+        pages = connection.execute("PRAGMA page_count").fetchone()[0]
+        connection.execute(f"PRAGMA max_page_count = {pages + 100}")
+
+    file = tmp_path / "many.csv"
+    file.write_text("url,label\n" + "".join(f"{URL.format(number)},grass\n" for number in range(5000)))
+    catalog.engine.dispose()
+    sa.event.listen(catalog.engine, "connect", small)
+    with pytest.raises(Unavailable, match="no space left on its disk") as caught:
+        catalog.import_file(file)
+    assert "rows had been imported" in str(caught.value)
+    sa.event.remove(catalog.engine, "connect", small)
+    catalog.engine.dispose()
+    report = catalog.import_file(file)
+    assert report.added + report.unchanged == 5000 and report.unchanged > 0
+
+
+def test_a_locked_database_passes(catalog: Catalog) -> None:
+    with catalog.engine.connect() as holder:
+        holder.exec_driver_sql("SELECT 1")  # BEGIN IMMEDIATE: the only writer
+        other = Catalog(catalog.settings)
+        sa.event.listen(other.engine, "connect", lambda connection, _: connection.execute("PRAGMA busy_timeout=10"))
+        with pytest.raises(Unavailable, match="SQLITE_BUSY"):
+            other.retried(other.status, patience=0.1)
+        threading.Timer(0.3, holder.rollback).start()
+        assert other.retried(other.status).total == 0
