@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import io
 import json
+import signal
 import sys
 import threading
 from collections import Counter
@@ -261,6 +262,7 @@ def test_a_loss_is_exit_code_4_with_the_whole_report(
     monkeypatch.setenv("LAWNWATCH_FETCH__ALLOW_CIDRS", '["127.0.0.0/8"]')
     monkeypatch.setenv("LAWNWATCH_FETCH__ORIGIN_MAP", json.dumps({SITE: web.base}))
     config.get_settings.cache_clear()
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the test's process keeps its own handlers
     file_of(catalog, store, "2.jpg").unlink()
     web.pages["2.jpg"] = 404
     for code in (4, 0):
