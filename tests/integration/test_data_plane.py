@@ -19,7 +19,7 @@ from lawnwatch import dataset, ingest
 from lawnwatch.catalog import Catalog, ImageRecord
 from lawnwatch.config import Settings
 from lawnwatch.errors import NotFound, SettingsError, Unavailable
-from lawnwatch.store import ObjectStore, S3Store, open_store
+from lawnwatch.store import S3Store, open_store
 
 pytestmark = pytest.mark.integration
 WEB = "https://photos.example/"
@@ -141,32 +141,6 @@ def test_labels_that_differ_in_bytes_are_different(catalog: Catalog) -> None:
     assert catalog.status().total == 6
 
 
-def test_28_the_database_is_killed_in_mid_run_and_comes_back(
-    tmp_path: Path, start_mariadb: Callable[[], Any], minio: Any, photos: Path, photo_web: str
-) -> None:
-    mariadb = start_mariadb()
-    settings = Settings(
-        home=tmp_path / "home",
-        database_url=mariadb.fresh(),
-        fetch={"allow_cidrs": ["127.0.0.0/8"], "origin_map": {WEB: f"{photo_web}/"}, "concurrency": 4},
-        **minio.settings(),
-    )
-    catalog = Catalog(settings)
-    catalog.migrate()
-    total = fill(catalog, photos, tmp_path)
-    store = open_store(settings)
-    breaking = KillAfter(store, 10, lambda: mariadb.server.stop(signal.SIGKILL))
-    reports: list[ingest.IngestReport] = []
-    run = threading.Thread(target=lambda: reports.append(ingest.run(settings, catalog, breaking)))  # type: ignore[arg-type]
-    run.start()
-    assert breaking.broken.wait(60)
-    time.sleep(1)
-    mariadb.server.start()
-    run.join()
-    assert [report.stored for report in reports] == [total]
-    assert catalog.status().by_state == {"stored": total}
-
-
 def test_28_a_database_that_is_gone_ends_in_bounded_time(tmp_path: Path, start_mariadb: Callable[[], Any]) -> None:
     mariadb = start_mariadb()
     catalog = Catalog(Settings(home=tmp_path, database_url=mariadb.fresh()))
@@ -177,32 +151,6 @@ def test_28_a_database_that_is_gone_ends_in_bounded_time(tmp_path: Path, start_m
         catalog.status()
     assert time.monotonic() - started < 15
     assert mariadb.password not in str(caught.value)
-
-
-def test_29_the_store_goes_away_in_mid_run_and_a_rerun_finishes(
-    tmp_path: Path, mariadb: str, start_minio: Callable[[], Any], photos: Path, photo_web: str
-) -> None:
-    minio = start_minio()
-    settings = Settings(
-        home=tmp_path / "home",
-        database_url=mariadb,
-        fetch={"allow_cidrs": ["127.0.0.0/8"], "origin_map": {WEB: f"{photo_web}/"}, "concurrency": 4},
-        **minio.settings("pictures"),
-    )
-    catalog = Catalog(settings)
-    catalog.migrate()
-    total = fill(catalog, photos, tmp_path)
-    breaking = KillAfter(open_store(settings), 10, lambda: minio.server.stop(signal.SIGKILL))
-    with pytest.raises(Unavailable):
-        ingest.run(settings, catalog, breaking)  # type: ignore[arg-type]
-    states = catalog.status().by_state
-    assert set(states) <= {"pending", "stored"}, "an outage of ours is not a fault of the source"
-    minio.server.start()
-    store = open_store(settings)
-    assert ingest.run(settings, catalog, store).stored == states["pending"]
-    assert catalog.status().by_state == {"stored": total}
-    for record in records(catalog):
-        assert store.stat(record["object_key"]) is not None
 
 
 def test_32_sigkill_and_run_again(real: Settings, catalog: Catalog, photos: Path, tmp_path: Path) -> None:
@@ -226,22 +174,6 @@ def test_32_sigkill_and_run_again(real: Settings, catalog: Catalog, photos: Path
     ingest.run(real, catalog, store)
     assert time.monotonic() - started < 60, "the leases of a dead worker of this machine are not waited for"
     assert catalog.status().by_state == {"stored": total}
-
-
-class KillAfter:
-    """A store whose surroundings break at the n-th put."""
-
-    def __init__(self, store: ObjectStore, puts: int, kill: Callable[[], None]) -> None:
-        self.store, self.left, self.kill = store, puts, kill
-        self.lock, self.broken = threading.Lock(), threading.Event()
-
-    def put(self, *args: Any, **kwargs: Any) -> Any:
-        with self.lock:
-            self.left -= 1
-            if self.left == 0:
-                self.kill()
-                self.broken.set()
-        return self.store.put(*args, **kwargs)
 
 
 def records(catalog: Catalog) -> list[dict[str, Any]]:
