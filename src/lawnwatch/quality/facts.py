@@ -154,7 +154,7 @@ def read_facts(catalog: Catalog) -> Facts:
         side=distinct["side"],
         brightness=distinct["brightness"],
         sharpness=distinct["sharpness"],
-        digest=hashlib.sha256(distinct.view(np.uint8)).hexdigest(),
+        digest=hashlib.sha256(distinct.view(np.uint8).data).hexdigest(),
     )
     return Facts(
         classes=classes,
