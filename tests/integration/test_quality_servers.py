@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
 
-from conftest import Minio
 from lawnwatch import bundle, images, quality
 from lawnwatch.catalog import Catalog, ImageRecord, Label, QualityReport, url_hash
 from lawnwatch.config import Settings
@@ -78,7 +78,7 @@ def fill(settings: Settings, photos: Path) -> quality.QualityResult:
     return results[0]
 
 
-def test_real_servers_give_the_same_checks(tmp_path: Path, photos: Path, mariadb: str, minio: Minio) -> None:
+def test_real_servers_give_the_same_checks(tmp_path: Path, photos: Path, mariadb: str, minio: Any) -> None:
     rules = {"data": {"min_per_class": 5}, "quality": {"max_label_conflicts": 0.2}}
     embedded = fill(Settings(home=tmp_path / "embedded", **rules), photos)
     real = fill(Settings(home=tmp_path / "real", database_url=SecretStr(mariadb), **minio.settings(), **rules), photos)
