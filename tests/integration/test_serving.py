@@ -19,6 +19,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from alembic.runtime.migration import MigrationContext
 from PIL import Image
 from pydantic import SecretStr
 
-from lawnwatch.catalog import Base, Catalog
+from lawnwatch.catalog import Base, Catalog, QualityReport
 from lawnwatch.config import Settings
 from lawnwatch.errors import RolloutFailed
 from lawnwatch.rollout import TARGET_KEY, LocalRollout, ReleaseTarget
@@ -255,6 +256,52 @@ def test_predictions_are_paged_and_filtered(api: Api) -> None:
     problem(api.get("/predictions?limit=9999"), 422, "bad_request")
     problem(api.get("/predictions/nonsense"), 400, "bad_request")
     problem(api.get("/predictions/00000000-0000-7000-8000-000000000000"), 404, "not_found")
+
+
+def keep_report(api: Api, number: str, created_at: datetime) -> str:
+    """A quality report as `lawnwatch data quality` keeps it; its object key."""
+    key = f"reports/quality/{number}.html"
+    with Catalog(api.settings).session() as session:
+        session.add(QualityReport(id=number, created_at=created_at, passed=True, checks=[], object_key=key))
+    return key
+
+
+def test_quality_reports_are_shown_and_nothing_in_them_runs(api: Api) -> None:
+    Catalog(api.settings).migrate()
+    problem(api.get("/reports/quality/latest"), 404, "not_found")
+    old, new = "a" * 32, "b" * 32
+    for number, day in ((new, 2), (old, 1)):
+        api.store.put(keep_report(api, number, datetime(2026, 1, day, tzinfo=UTC)), f"<p>{number}".encode())
+    assert api.get(f"/reports/quality/{old}").body == b"<p>" + old.encode()
+    shown = api.get("/reports/quality/latest")
+    assert (shown.status, shown.body) == (200, b"<p>" + new.encode())
+    assert shown.headers["content-type"] == "text/html; charset=utf-8"
+    assert shown.headers["x-content-type-options"] == "nosniff"
+    policy = shown.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'") and "script" not in policy
+    for number in ("c" * 32, "A" * 32, "%25", "a" * 31, "a" * 32 + "%0a", "..%2f..%2fsnapshots"):
+        problem(api.get(f"/reports/quality/{number}"), 404, "not_found")
+    api.store.delete(f"reports/quality/{old}.html")
+    problem(api.get(f"/reports/quality/{old}"), 404, "not_found")
+    routes = set(re.findall(r'route="([^"]*report[^"]*)"', api.get("/metrics").body.decode()))
+    assert routes == {"/reports/quality/{report}"}
+
+
+def test_a_quality_report_waits_for_its_store(start: Callable[..., Api]) -> None:
+    with socket.socket() as closed:  # bound and never listening: nobody else can take the port
+        closed.bind(("127.0.0.1", 0))
+        api = start(
+            bundle=False,
+            LAWNWATCH_STORE_URL="s3://bucket",
+            LAWNWATCH_STORE_ENDPOINT=f"http://127.0.0.1:{closed.getsockname()[1]}",
+            LAWNWATCH_STORE_ACCESS_KEY="key",
+            LAWNWATCH_STORE_SECRET_KEY="not-a-known-one",
+        )
+        Catalog(api.settings).migrate()
+        keep_report(api, "a" * 32, datetime(2026, 1, 1, tzinfo=UTC))
+        answer = api.get("/reports/quality/latest")
+    problem(answer, 503, "unavailable")
+    assert answer.headers["retry-after"]
 
 
 def test_state_routes_and_documents(api: Api) -> None:

@@ -400,3 +400,15 @@ def test_brightness_and_sharpness() -> None:
     assert images.brightness(np.full((9, 9, 3), 255, np.uint8)) == 1
     noise = np.random.default_rng(1).integers(0, 256, (300, 200, 3), dtype=np.uint8)
     assert images.sharpness(noise) > 50 > images.sharpness(np.full((300, 200, 3), 99, np.uint8)) == 0
+
+
+def test_a_thumbnail_keeps_the_aspect_ratio_the_orientation_and_never_enlarges() -> None:
+    picture = Image.new("RGB", (1200, 400))
+    exif = Image.Exif()
+    exif[images.ORIENTATION] = 6
+    upright, turned = io.BytesIO(), io.BytesIO()
+    picture.save(upright, "JPEG")
+    picture.save(turned, "JPEG", exif=exif)
+    assert images.thumbnail(upright.getvalue(), width=150, height=96, max_pixels=10**6).shape == (50, 150, 3)
+    assert images.thumbnail(turned.getvalue(), width=150, height=96, max_pixels=10**6).shape == (96, 32, 3)
+    assert images.thumbnail(turned.getvalue(), width=5000, height=5000, max_pixels=10**6).shape == (1200, 400, 3)

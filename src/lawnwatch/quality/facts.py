@@ -154,7 +154,7 @@ def read_facts(catalog: Catalog) -> Facts:
         side=distinct["side"],
         brightness=distinct["brightness"],
         sharpness=distinct["sharpness"],
-        digest=hashlib.sha256(distinct.view(np.uint8)).hexdigest(),
+        digest=hashlib.sha256(distinct.view(np.uint8).data).hexdigest(),
     )
     return Facts(
         classes=classes,
@@ -169,12 +169,12 @@ def read_facts(catalog: Catalog) -> Facts:
 
 def _outcomes(catalog: Catalog) -> dict[tuple[str, str, str], int]:
     reason = sa.func.coalesce(ImageRecord.reason, "")
-    code = sa.func.substr(reason, 1, sa.func.instr(reason, ":"))
+    code = sa.func.substr(reason, 1, sa.func.instr(reason, ":")).label("code")
     with catalog.session() as session:
         rows = session.execute(
             sa.select(ImageRecord.state, code, Label.name, sa.func.count())
             .join(Label, ImageRecord.label_id == Label.id)
-            .group_by(ImageRecord.state, code, Label.name)
+            .group_by(ImageRecord.state, "code", Label.name)
         ).all()
     return {(state, found.rstrip(":"), label): int(count) for state, found, label, count in rows}
 
