@@ -101,7 +101,10 @@ class World:
             "snapshots": self.lawnwatch("snapshot", "list"),
             "versions": self.lawnwatch("model", "list"),
             "rollouts": self.lawnwatch("rollout", "history"),
-            "objects": {(o.key, o.size) for o in store.list("") if not o.key.startswith("predictions/")},
+            # The second run's quality report is another one: a champion can doubt labels now.
+            "objects": {
+                (o.key, o.size) for o in store.list("") if not o.key.startswith(("predictions/", "reports/quality/"))
+            },
         }
 
 
