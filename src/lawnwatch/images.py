@@ -190,7 +190,7 @@ def _to_rgb(image: Image.Image) -> Rgb:
 
 def brightness(rgb: Rgb) -> float:
     """Mean luma (BT.601) of an (height, width, 3) uint8 picture, 0 black to 1 white."""
-    return float(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY).mean() / 255.0)
+    return float(cv2.mean(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY))[0] / 255.0)
 
 
 def sharpness(rgb: Rgb) -> float:
@@ -201,7 +201,8 @@ def sharpness(rgb: Rgb) -> float:
     grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
     if grey.shape != (SIZE, SIZE):
         grey = cv2.resize(grey, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
-    return float(cv2.Laplacian(grey, cv2.CV_64F).var())
+    _, deviation = cv2.meanStdDev(cv2.Laplacian(grey, cv2.CV_16S))  # 16 bits hold it exactly, and are quicker
+    return float(deviation[0, 0]) ** 2
 
 
 def phash(rgb: Rgb) -> int:
@@ -213,8 +214,8 @@ def phash(rgb: Rgb) -> int:
     grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(grey, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
     low = cv2.dct(small)[:8, :8].ravel()
-    bits = low > np.median(low[1:])
-    return int("".join("1" if bit else "0" for bit in bits), 2)
+    median = np.sort(low[1:])[31]
+    return int.from_bytes(np.packbits(low > median).tobytes())
 
 
 def thumbnail(data: bytes, *, width: int, height: int, max_pixels: int) -> Rgb:
