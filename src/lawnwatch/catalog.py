@@ -268,7 +268,8 @@ def make_engine(
             f"{setting} is not a database URL.", hint="It looks like mysql+pymysql://user:password@host/name."
         ) from None
     if url.get_backend_name() == "sqlite":
-        engine = sa.create_engine(url, connect_args={"timeout": 30})
+        # Few statements are kept compiled: one over a batch of rows takes a megabyte, and each batch is another one.
+        engine = sa.create_engine(url, connect_args={"timeout": 30, "cached_statements": 16})
         sa.event.listen(engine, "connect", _prepare_sqlite)
         return engine
     if url.get_backend_name() not in ("mysql", "mariadb"):
