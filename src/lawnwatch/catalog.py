@@ -635,11 +635,11 @@ class Catalog:
     def status(self) -> CatalogStatus:
         """Records counted by state, by label, by both, and by the reason of those that cannot be used."""
         with self.session() as session:
-            names = dict(session.execute(sa.select(Label.id, Label.name).order_by(Label.name)).all())
             counted = session.execute(
                 sa.select(ImageRecord.state, ImageRecord.label_id, sa.func.count()).group_by("state", "label_id")
             ).all()
-            # No picture has more reasons than kinds of faults: the part before the colon.
+            # After the counts: an import that runs may have made a label in between, and never the other way round.
+            names = dict(session.execute(sa.select(Label.id, Label.name).order_by(Label.name)).all())
             code = sa.func.substr(ImageRecord.reason, 1, 60)
             reasons: dict[str, int] = dict(
                 session.execute(
