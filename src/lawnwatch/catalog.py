@@ -268,7 +268,8 @@ def make_engine(
             f"{setting} is not a database URL.", hint="It looks like mysql+pymysql://user:password@host/name."
         ) from None
     if url.get_backend_name() == "sqlite":
-        engine = sa.create_engine(url, connect_args={"timeout": 30})
+        # Few statements are kept compiled: one over a batch of rows takes a megabyte, and each batch is another one.
+        engine = sa.create_engine(url, connect_args={"timeout": 30, "cached_statements": 16})
         sa.event.listen(engine, "connect", _prepare_sqlite)
         return engine
     if url.get_backend_name() not in ("mysql", "mariadb"):
@@ -634,11 +635,11 @@ class Catalog:
     def status(self) -> CatalogStatus:
         """Records counted by state, by label, by both, and by the reason of those that cannot be used."""
         with self.session() as session:
-            names = dict(session.execute(sa.select(Label.id, Label.name).order_by(Label.name)).all())
             counted = session.execute(
                 sa.select(ImageRecord.state, ImageRecord.label_id, sa.func.count()).group_by("state", "label_id")
             ).all()
-            # No picture has more reasons than kinds of faults: the part before the colon.
+            # After the counts: an import that runs may have made a label in between, and never the other way round.
+            names = dict(session.execute(sa.select(Label.id, Label.name).order_by(Label.name)).all())
             code = sa.func.substr(ImageRecord.reason, 1, 60)
             reasons: dict[str, int] = dict(
                 session.execute(
