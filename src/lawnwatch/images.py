@@ -23,6 +23,9 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from lawnwatch.errors import ImageError, ImageTooLarge, UnsupportedMedia
 
+# One picture is too small to share among threads; ingest and serving work on many pictures side by side.
+cv2.setNumThreads(1)
+
 FORMATS = ("JPEG", "PNG", "WEBP")
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 MEDIA_TYPES = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
