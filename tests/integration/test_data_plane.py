@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ import sqlalchemy as sa
 from lawnwatch import dataset, ingest
 from lawnwatch.catalog import Catalog, ImageRecord
 from lawnwatch.config import Settings
-from lawnwatch.errors import NotFound, SettingsError, Unavailable
-from lawnwatch.store import S3Store, open_store
+from lawnwatch.store import open_store
 
 pytestmark = pytest.mark.integration
 WEB = "https://photos.example/"
@@ -83,23 +81,6 @@ def migrate(settings: Settings) -> None:
     Catalog(settings).migrate()
 
 
-def test_a_migration_that_was_killed_halfway_goes_on(real: Settings) -> None:
-    """MySQL commits each DDL statement: the tables of a killed migration are there, its revision is not."""
-    catalog = Catalog(real)
-    catalog.migrate()
-    with catalog.engine.begin() as connection:
-        connection.execute(sa.text("DELETE FROM alembic_version"))
-        for table in sa.inspect(connection).get_table_names():
-            if table not in ("alembic_version", "labels", "images"):
-                connection.execute(sa.text("SET FOREIGN_KEY_CHECKS=0"))
-                connection.execute(sa.text(f"DROP TABLE {table}"))
-        connection.execute(sa.text("DROP INDEX ix_images_sha256 ON images"))
-    catalog.migrate()
-    inspector = sa.inspect(catalog.engine)
-    assert {"label_history", "snapshots"} <= set(inspector.get_table_names())
-    assert "ix_images_sha256" in {index["name"] for index in inspector.get_indexes("images")}
-
-
 def test_a_second_worker_claims_while_the_first_one_is_claiming(catalog: Catalog) -> None:
     """Not even the label row may be locked, or SKIP LOCKED hides every record of that label."""
     for number in range(10):
@@ -141,18 +122,6 @@ def test_labels_that_differ_in_bytes_are_different(catalog: Catalog) -> None:
     assert catalog.status().total == 6
 
 
-def test_28_a_database_that_is_gone_ends_in_bounded_time(tmp_path: Path, start_mariadb: Callable[[], Any]) -> None:
-    mariadb = start_mariadb()
-    catalog = Catalog(Settings(home=tmp_path, database_url=mariadb.fresh()))
-    catalog.migrate()
-    mariadb.server.stop(signal.SIGKILL)
-    started = time.monotonic()
-    with pytest.raises(Unavailable) as caught:
-        catalog.status()
-    assert time.monotonic() - started < 15
-    assert mariadb.password not in str(caught.value)
-
-
 def test_32_sigkill_and_run_again(real: Settings, catalog: Catalog, photos: Path, tmp_path: Path) -> None:
     """A killed ingest leaves claims; the next run on this machine takes them at once and reaches the same end."""
     total = fill(catalog, photos, tmp_path)
@@ -180,55 +149,3 @@ def records(catalog: Catalog) -> list[dict[str, Any]]:
     with catalog.session() as session:
         found = session.scalars(sa.select(ImageRecord).order_by(ImageRecord.id))
         return [{"sha256": record.sha256, "object_key": record.object_key} for record in found]
-
-
-# --- MinIO alone ----------------------------------------------------------------------------------------------------
-
-
-def test_the_bucket_is_made_in_development_and_demanded_in_production(tmp_path: Path, minio: Any) -> None:
-    named = minio.settings()
-    with pytest.raises(SettingsError, match="bucket"):
-        open_store(Settings(home=tmp_path, environment="production", **named))
-    open_store(Settings(home=tmp_path, **named))
-    open_store(Settings(home=tmp_path, environment="production", **named))
-
-
-def test_wrong_keys_are_a_settings_error(tmp_path: Path, minio: Any) -> None:
-    wrong = minio.settings() | {"store_secret_key": "not-the-right-one-at-all"}
-    with pytest.raises(SettingsError, match="keys") as caught:
-        open_store(Settings(home=tmp_path, **wrong))
-    assert "not-the-right-one-at-all" not in str(caught.value)
-
-
-def test_s3_objects_with_a_prefix_metadata_and_order(tmp_path: Path, minio: Any) -> None:
-    settings = minio.settings()
-    settings["store_url"] += "/deep/down"
-    store = open_store(Settings(home=tmp_path, **settings))
-    assert isinstance(store, S3Store)
-    big = tmp_path / "big"
-    big.write_bytes(b"0123456789abcdef" * (2 << 20))  # 32 MiB: sent in parts
-    written = store.put("a/big", big)
-    assert store.stat("a/big") == written and written.sha256
-    for key in ("a/2", "a/1", "b/1"):
-        store.put(key, key.encode())
-    assert [info.key for info in store.list("a/")] == ["a/1", "a/2", "a/big"]
-    with store.open("a/big") as stream:
-        assert stream.read(5) == b"01234"
-    store.put("a/1", b"other", if_absent=True)
-    assert store.get("a/1") == b"a/1"
-    store.delete("a/1")
-    store.delete("a/1")
-    with pytest.raises(NotFound):
-        store.get("a/1")
-
-
-def test_29_a_store_that_is_down_is_unavailable_in_bounded_time(tmp_path: Path, start_minio: Callable[[], Any]) -> None:
-    minio = start_minio()
-    store = open_store(Settings(home=tmp_path, **minio.settings()))
-    minio.server.stop(signal.SIGKILL)
-    started = time.monotonic()
-    with pytest.raises(Unavailable):
-        store.get("a")
-    with pytest.raises(Unavailable):
-        store.put("a", b"a")
-    assert time.monotonic() - started < 20
