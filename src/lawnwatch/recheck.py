@@ -79,7 +79,6 @@ class Stored:
     format: str
     etag: str | None
     last_modified: str | None
-    checked_at: datetime | None
 
 
 def run(
@@ -162,37 +161,50 @@ class _Recheck:
         return report
 
     async def _walk(self, before: datetime, limit: int | None) -> AsyncIterator[Stored]:
-        """The stored records that were last looked at before that moment, the longest ago first, page by page."""
+        """The stored records that were last looked at before that moment, page by page along the index of ids.
+
+        Of more than `limit`, those that were never looked at, then those that were looked at the longest ago.
+        """
         left = limit
-        # Those that were never looked at come first, by id: one after the other along an index.
-        last: Stored | None = None
         for looked_at in (False, True):
-            last = None
+            if looked_at and left:
+                before = await self._in_database(partial(self._longest_ago, before, left))
+            last = 0
             while left is None or left > 0:
                 page = await self._in_database(
-                    partial(self._page, looked_at, before, last, min(PAGE, left) if left is not None else PAGE)
+                    partial(self._page, before if looked_at else None, last, min(PAGE, left) if left else PAGE)
                 )
                 for record in page:
                     yield record
                 if not page:
                     break
-                last = page[-1]
+                last = page[-1].id
                 left = None if left is None else left - len(page)
 
-    def _page(self, looked_at: bool, before: datetime, last: Stored | None, size: int) -> list[Stored]:
+    def _page(self, before: datetime | None, last: int, size: int) -> list[Stored]:
+        """The next records after id `last`: looked at until that moment, or never."""
         columns = [getattr(ImageRecord, name) for name in Stored.__dataclass_fields__]
-        query = sa.select(*columns).where(ImageRecord.state == "stored").limit(size)
-        if looked_at:
-            place = sa.tuple_(ImageRecord.checked_at, ImageRecord.id)
-            query = query.where(ImageRecord.checked_at < before).order_by(ImageRecord.checked_at, ImageRecord.id)
-            if last is not None:
-                query = query.where(place > (last.checked_at, last.id))
-        else:
-            query = query.where(ImageRecord.checked_at.is_(None)).order_by(ImageRecord.id)
-            if last is not None:
-                query = query.where(ImageRecord.id > last.id)
+        chosen = ImageRecord.checked_at.is_(None) if before is None else ImageRecord.checked_at <= before
+        query = (
+            sa.select(*columns)
+            .where(ImageRecord.state == "stored", ImageRecord.id > last, chosen)
+            .order_by(ImageRecord.id)
+            .limit(size)
+        )
         with self.catalog.session() as session:
             return [Stored(*row) for row in session.execute(query)]
+
+    def _longest_ago(self, before: datetime, count: int) -> datetime:
+        """The moment until which `count` records were last looked at: sorted once, not for every page."""
+        query = (
+            sa.select(ImageRecord.checked_at)
+            .where(ImageRecord.state == "stored", ImageRecord.checked_at <= before)
+            .order_by(ImageRecord.checked_at)
+            .offset(count - 1)
+            .limit(1)
+        )
+        with self.catalog.session() as session:
+            return session.scalar(query) or before
 
     # --- one record -------------------------------------------------------------------------------------------------
 

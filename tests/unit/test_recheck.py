@@ -238,6 +238,15 @@ def test_the_longest_unchecked_come_first(
     assert recheck.run(settings, catalog, store, older_than_days=25).checked == 3, "30, 40 and 50 days"
     assert recheck.run(settings, catalog, store, older_than_days=25).checked == 0
     assert recheck.run(settings, catalog, store).checked == 6, "all pages of those that were looked at before"
+    with catalog.session() as session:
+        session.execute(sa.update(ImageRecord).values(checked_at=now - timedelta(days=1)))
+        oldest = SITE + list(stored)[4]
+        session.execute(
+            sa.update(ImageRecord).where(ImageRecord.url == oldest).values(checked_at=now - timedelta(days=9))
+        )
+    assert recheck.run(settings, catalog, store, limit=1).checked == 1
+    assert catalog.find(oldest).checked_at > now, "the one that was looked at the longest ago"
+    assert recheck.run(settings, catalog, store, limit=2).checked == 2, "of those of one moment, no more and no fewer"
 
 
 def test_an_outage_of_the_store_condemns_nothing(
