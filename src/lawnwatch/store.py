@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, unquote_plus, urlsplit
+from xml.etree import ElementTree
 from xml.etree.ElementTree import ParseError
 
 import urllib3
@@ -513,11 +514,21 @@ class S3Store:
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         _check_prefix(prefix)
-        with self._faults(prefix):
-            for found in self._client.list_objects(self.bucket, prefix=self.prefix + prefix, recursive=True):
-                key = str(found.object_name).removeprefix(self.prefix)
+        query = {"list-type": "2", "encoding-type": "url", "max-keys": "1000", "prefix": self.prefix + prefix}
+        while True:
+            # The client's own list_objects makes an object of each entry, with owner, class and date: 47 µs.
+            with self._faults(prefix):
+                answer = self._client._execute("GET", self.bucket, query_params=query)
+                page = ElementTree.fromstring(answer.data)  # noqa: S314 - our own server; expat bounds expansion
+            xmlns = page.tag.partition("}")[0] + "}" if "}" in page.tag else ""
+            for entry in page.iterfind(f"{xmlns}Contents"):
+                key = unquote_plus(entry.findtext(f"{xmlns}Key") or "").removeprefix(self.prefix)
                 if _KEY.fullmatch(key):  # not what others keep in the bucket, such as a console's folder marks
-                    yield ObjectInfo(key, int(found.size or 0))
+                    yield ObjectInfo(key, int(entry.findtext(f"{xmlns}Size") or 0))
+            following = page.findtext(f"{xmlns}NextContinuationToken")
+            if not following:
+                return
+            query["continuation-token"] = following
 
     def delete(self, key: str) -> None:
         with self._faults(key):
