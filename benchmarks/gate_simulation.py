@@ -1,10 +1,10 @@
-"""Does the gate keep its promises? Thousands of simulated challengers with a known true accuracy go through `gate.decide`.
+"""Does the gate keep its promises? Thousands of simulated challengers of known accuracy go through `gate.decide`.
 
     python benchmarks/gate_simulation.py [--challengers 1000] [--plot docs/images/gate.png]
 
-Two models answer the same n images. An image is as hard for both as a shared difficulty makes it, so that their mistakes
-coincide as those of two networks trained on the same photographs do; what is left is each model's own. The gate sees
-answers, log losses and answers to altered images, as in an evaluation, and never the truth.
+Two models answer the same n images. A part of what makes an image hard is shared, so that their mistakes coincide as
+those of two networks trained on the same photographs do; the rest is each model's own. The gate sees answers, log
+losses and answers to altered images, as in an evaluation, and never the truth.
 
 Promises, at alpha = 5 % a challenger:
 1. no better than the champion: promoted as *better* in at most 5 %;
@@ -82,7 +82,7 @@ def promises(count: int) -> bool:
 
 
 def power(count: int) -> dict[int, dict[float, dict[str, float]]]:
-    """The table of verdicts against the true gain; champion 96 %, a recorded reason."""
+    """The table of verdicts against the true gain; champion 90 %, a recorded reason."""
     print("\nVerdicts against the true gain; champion 90 %, shared difficulty 80 %, with a recorded reason.\n")
     print("| test images | true gain | better | not worse | inconclusive | reject |")
     print("|---:|---:|---:|---:|---:|---:|")
@@ -103,9 +103,7 @@ def plot(found: dict[int, dict[float, dict[str, float]]], file: Path) -> None:
     panels = figure.subplots(1, 2, sharey=True)
     for axes, title in zip(panels, ("called better", "promoted, with a recorded reason"), strict=True):
         for (n, by_gain), color in zip(found.items(), ("#c98f0a", "#5a9c54", "#2f6b8b"), strict=True):
-            shares = [
-                one["better"] + (0 if title == "called better" else one["not worse"]) for one in by_gain.values()
-            ]
+            shares = [one["better"] + (0 if title == "called better" else one["not worse"]) for one in by_gain.values()]
             axes.plot([100 * gain for gain in by_gain], shares, marker="o", ms=4, color=color, label=f"{n} test images")
         axes.axhline(POLICY.alpha, color="#888", lw=0.8, ls="--")
         axes.set(title=title, xlabel="true gain, percentage points", ylim=(-0.02, 1.02))

@@ -1,4 +1,4 @@
-"""Who may become champion: one policy, a few exact tests, a verdict with its reasons. Pure functions of what was measured.
+"""Who may become champion: one policy, a few exact tests, a verdict with its reasons. Pure functions.
 
 A model must pass the absolute floors. A challenger must also be compared with the champion on the same test images, and
 is promoted on one of two claims:
@@ -9,9 +9,9 @@ is promoted on one of two claims:
   change. Of challengers that are worse by the margin, at most a share of alpha is promoted. With a hundred test images
   a good champion can hardly ever be beaten, so without this claim no new data would ever reach production.
 
-Each promise is for one challenger. Whatever the claim, no class may be worse by the class margin, and the probabilities,
-the answers to altered images, the time and the size must be within their limits: further conditions make a wrong
-promotion rarer, never likelier. `benchmarks/gate_simulation.py` counts all of it.
+Each promise is for one challenger. Whatever the claim, no class may be worse by the class margin, and probabilities,
+answers to altered images, time and size must be within their limits: further conditions make a wrong promotion rarer,
+never likelier. `benchmarks/gate_simulation.py` counts all of it.
 
 Not `reject` but `inconclusive` is the verdict where more test images might still show what is asked for.
 """
@@ -171,7 +171,7 @@ def not_worse(wins: int, losses: int, n: int, margin: float) -> float:
     """
     from scipy.special import bdtr, gammaln, xlog1py, xlogy  # type: ignore[import-untyped]
 
-    score = float(_score(np.float64(wins), np.float64(losses), n, margin))
+    score = float(_score(np.array(float(wins)), np.array(float(losses)), n, margin))
     if n > EXACT_IMAGES:
         return 1 - NormalDist().cdf(score)
     w = np.arange(n + 1)
@@ -243,9 +243,7 @@ def floors(policy: GateSettings, model: Evidence) -> list[Check]:
         checks.append(_at_least("robustness", said, hits / count, high, policy.min_robust_accuracy))
     if model.latency_ms is not None:
         said = f"One inference takes {model.latency_ms:.1f} ms"
-        checks.append(
-            _at_most("latency", said, model.latency_ms, model.latency_ms, policy.max_latency_ms, "{:.0f} ms")
-        )
+        checks.append(_at_most("latency", said, model.latency_ms, model.latency_ms, policy.max_latency_ms, "{:.0f} ms"))
     if model.model_bytes is not None:
         megabytes = model.model_bytes / 1e6
         said = f"The model file has {megabytes:.1f} MB"
@@ -309,7 +307,9 @@ def compare(policy: GateSettings, challenger: Evidence, champion: Evidence) -> t
         ours, theirs = (np.stack([model.robust[kind] for kind in kinds]) for model in (challenger, champion))
         drop, low, high = bootstrap_mean((theirs.astype(float) - ours).mean(axis=0), policy.alpha)
         said = f"On altered images it is {-drop:+.1%} against the champion ({-high:+.1%} to {-low:+.1%})"
-        status: Status = "passed" if drop <= policy.robust_margin else "failed" if low > policy.robust_margin else "unsure"
+        status: Status = (
+            "passed" if drop <= policy.robust_margin else "failed" if low > policy.robust_margin else "unsure"
+        )
         checks.append(Check("robustness against champion", status, f"{said}; -{policy.robust_margin:.0%} is allowed."))
     if challenger.latency_ms is not None and champion.latency_ms is not None:
         ratio = challenger.latency_ms / champion.latency_ms
@@ -320,8 +320,9 @@ def compare(policy: GateSettings, challenger: Evidence, champion: Evidence) -> t
 
 def _overall(policy: GateSettings, pair: PairedGain) -> Check:
     said = (
-        f"On {pair.images} test images the challenger is {pair.gain:+.1%} against the champion ({pair.wins} images won, "
-        f"{pair.losses} lost; {100 * (1 - 2 * policy.alpha):.0f} % interval {pair.low:+.1%} to {pair.high:+.1%})"
+        f"On {pair.images} test images the challenger is {pair.gain:+.1%} against the champion "
+        f"({pair.wins} images won, {pair.losses} lost; {100 * (1 - 2 * policy.alpha):.0f} % interval "
+        f"{pair.low:+.1%} to {pair.high:+.1%})"
     )
     if pair.p_better <= policy.alpha:
         return Check("accuracy against champion", "passed", f"{said}: it is better, McNemar {_p(pair.p_better)}.")
@@ -428,8 +429,8 @@ def decide(
     if not better and not reasons and not any(check.status in ("failed", "unsure") for check in compared):
         more = images_to_show(pair.gain, pair.wins + pair.losses, pair.images, alpha=policy.alpha)
         said = (
-            f"{compared[0].sentence} But it is not shown to be better, and no reason to change is recorded: new data, a "
-            "cheaper variant, or what `--reason` says."
+            f"{compared[0].sentence} But it is not shown to be better, and no reason to change is recorded: "
+            "new data, a cheaper variant, or what `--reason` says."
         )
         said += f" Collect about {more} more labelled test images to show a gain of this size." if more else ""
         return Decision("inconclusive", said, checks=checks, comparison=comparison, more_images=more)
@@ -443,7 +444,7 @@ def decide(
 
 
 def _settled(checks: list[Check], claim: str, lead: Check | None = None) -> Decision:
-    """Rejected by what failed, undecided by what is unsure, else promoted; the sentence begins with the main question."""
+    """Rejected by what failed, undecided by what is unsure, else promoted; the main question is answered first."""
     lead = lead or next(check for check in checks if check.name == "accuracy")
     failed = [check for check in checks if check.status == "failed"]
     unsure = [check for check in checks if check.status == "unsure"]
@@ -454,7 +455,9 @@ def _settled(checks: list[Check], claim: str, lead: Check | None = None) -> Deci
     if unsure:
         more = max((check.more_images or 0 for check in unsure), default=0)
         if more >= MOST_IMAGES // 2:
-            return Decision("inconclusive", f"{said} No number of images that can be collected would tell.", checks=checks)
+            return Decision(
+                "inconclusive", f"{said} No number of images that can be collected would tell.", checks=checks
+            )
         if more:
             said += f" Collect about {more} more labelled test images to tell."
         return Decision("inconclusive", said, checks=checks, more_images=more or None)

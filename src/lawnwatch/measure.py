@@ -6,7 +6,7 @@ Wilson's interval for shares (Wilson 1927), the percentile bootstrap over images
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -190,7 +190,7 @@ def coverage(probabilities: Floats, labels: Ints) -> dict[str, Any]:
 # --- parts of them ------------------------------------------------------------------------------------------
 
 
-def slices(right: Bools, groups: dict[str, Sequence[str]]) -> list[dict[str, Any]]:
+def slices(right: Bools, groups: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
     """Accuracy of parts of the images.
 
     Args:
@@ -207,7 +207,8 @@ def slices(right: Bools, groups: dict[str, Sequence[str]]) -> list[dict[str, Any
     found: list[dict[str, Any]] = []
     for division, parts in groups.items():
         names = np.array(parts)
-        for part in dict.fromkeys(sorted(parts)):
+        begin = len(found)
+        for part in sorted(set(parts)):
             chosen = names == part
             n, hits = int(chosen.sum()), int(right[chosen].sum())
             # How likely at most so many right answers are when they fall on this part as on any other.
@@ -215,6 +216,7 @@ def slices(right: Bools, groups: dict[str, Sequence[str]]) -> list[dict[str, Any
             found.append(
                 {"division": division, "part": part, "images": n, "accuracy": share(hits, n), "few": n < FEW, "p": p}
             )
+        found[begin:] = sorted(found[begin:], key=lambda one: one["accuracy"]["value"])
     tried = sum(not one["few"] for one in found) or 1
     for one in found:
         one["low"] = not one["few"] and one.pop("p") < 0.05 / tried
@@ -222,10 +224,17 @@ def slices(right: Bools, groups: dict[str, Sequence[str]]) -> list[dict[str, Any
     return found
 
 
-def thirds(values: Floats, names: tuple[str, str, str]) -> list[str]:
-    """Each value's third, lowest first; equal values are never parted."""
+def thirds(values: Floats, names: tuple[str, str, str], form: str) -> list[str]:
+    """Each value's third with its bounds; equal values are never parted.
+
+    Args:
+        names: of the lowest, the middle and the highest third.
+        form: how a bound is written, such as `{:.0f} px`.
+    """
     low, high = np.quantile(values, [1 / 3, 2 / 3])
-    return [names[0] if value <= low else names[1] if value <= high else names[2] for value in values]
+    lower, upper = form.format(low), form.format(high)
+    parts = (f"{names[0]} (to {lower})", f"{names[1]} (to {upper})", f"{names[2]} (above {upper})")
+    return [parts[0] if value <= low else parts[1] if value <= high else parts[2] for value in values]
 
 
 def bootstrap_mean(values: Floats, level: float, *, resamples: int = 1000, seed: int = 0) -> tuple[float, float, float]:

@@ -16,9 +16,10 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -106,7 +107,9 @@ class Verdict:
         decision: `promote`, `reject` or `inconclusive`.
         reason: why, in words and numbers.
         champion_version: whom it was compared with; 0 when there was no champion.
+        policy: hash of every threshold and of the method.
         evaluation: the whole evaluation, as in evaluation.json.
+        claim, checks, thresholds, more_images, report_url: of the evaluation, what a reader of the verdict asks first.
     """
 
     run_id: str
@@ -117,8 +120,25 @@ class Verdict:
     fingerprint: str
     policy: str
     created_at: datetime
-    message: str
     evaluation: dict[str, Any] = field(repr=False)  # not printed by the CLI: it has its own file
+    claim: str = field(init=False)
+    checks: list[dict[str, Any]] = field(init=False)
+    thresholds: dict[str, Any] = field(init=False)
+    more_images: int | None = field(init=False)
+    report_url: str = field(init=False)
+    message: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        said = self.evaluation
+        for name, value in {
+            "claim": said.get("verdict", {}).get("claim", ""),
+            "checks": said.get("checks", []),
+            "thresholds": said.get("policy", {}),
+            "more_images": said.get("more_images"),
+            "report_url": said.get("report_url", ""),
+            "message": f"Verdict on run {self.run_id[:8]}: {self.decision}. {self.reason}",
+        }.items():
+            object.__setattr__(self, name, value)  # the dataclass is frozen
 
 
 @dataclass(frozen=True)
@@ -293,6 +313,33 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def log_evaluation(settings: Settings, run_id: str, evaluation: dict[str, Any], folder: Path) -> None:
+    """Put an evaluation on its run's page: figures, verdict, and the sealed folder as `evaluation/`.
+
+    Raises:
+        Unavailable: MLflow does not answer or cannot write.
+    """
+    now = int(time.time() * 1000)
+    with tracking(settings) as client:
+        from mlflow.entities import Metric, RunTag
+
+        metrics = []
+        for name, one in evaluation.get("metrics", {}).items():
+            for suffix, part in (("", "value"), ("_low", "low"), ("_high", "high")):
+                metrics.append(Metric(f"test_{name}{suffix}", one[part], now, 0))
+        verdict = evaluation["verdict"]
+        # Whoever sees the decision finds what it rests on: the tags come last.
+        client.log_artifacts(run_id, str(folder), folder.name)
+        tags = [
+            RunTag("lawnwatch.decision", verdict["decision"]),
+            RunTag("lawnwatch.claim", verdict["claim"]),
+            RunTag("lawnwatch.verdict", verdict["reason"][:4000]),
+            RunTag("lawnwatch.report", evaluation["report_url"]),
+        ]
+        client.log_batch(run_id, metrics=metrics, tags=tags)
+    forget_artifacts(settings, run_id, folder.name)
+
+
 # --- verdicts -----------------------------------------------------------------------------------------------
 
 
@@ -300,9 +347,8 @@ def record_verdict(catalog: Catalog, verdict: Verdict) -> Verdict:
     """Store a verdict; the first one on the same question stays, and is returned."""
     try:
         with catalog.session() as session:
-            values = asdict(verdict)
-            values.pop("message")
-            session.execute(insert(VerdictRow).values(**values))
+            columns = {column.name for column in VerdictRow.__table__.columns} - {"id"}
+            session.execute(insert(VerdictRow).values({name: getattr(verdict, name) for name in columns}))
     except DuplicateKey:
         pass
     recorded = find_verdict(catalog, verdict.run_id, verdict.champion_version, verdict.policy)
@@ -331,7 +377,6 @@ def find_verdict(
             fingerprint=row.fingerprint,
             policy=row.policy,
             created_at=row.created_at,
-            message=f"Verdict on run {row.run_id[:8]}: {row.decision}. {row.reason}",
             evaluation=row.evaluation,
         )
 
@@ -418,7 +463,6 @@ def rollback(settings: Settings, catalog: Catalog) -> Promotion:
             fingerprint=first.fingerprint,
             policy="",
             created_at=datetime.now(UTC),
-            message="",
             evaluation={},
         )
         _crown(session, settings, "rollback", back, verdict)
