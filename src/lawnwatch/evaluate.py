@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -41,6 +42,7 @@ METHOD = "2"  # changes whenever the same run would be measured or judged differ
 REFERENCE_IMAGES = 1000  # training pictures in the reference sketch and in the bank of "unknown"
 ALTERED_IMAGES = 400  # test pictures that are asked again in each alteration
 TIMED_IMAGES = 20
+TURNS = 4
 UNKNOWN_NEIGHBOUR = 5
 UNKNOWN_ACCEPT_RATE = 0.99
 HOSTS = 6  # largest source hosts that are slices of their own
@@ -358,14 +360,21 @@ def _altered(settings: Settings, store: ObjectStore, model: Model, rows: Sequenc
 def _latency(
     settings: Settings, store: ObjectStore, graphs: Sequence[bundle.Graph], rows: Sequence[dataset.Row]
 ) -> list[float]:
-    """Median milliseconds of one inference of each graph, in turn on the same pictures: a busy machine slows all."""
+    """Milliseconds of one inference of each graph: of each picture the quickest of some turns, of these the median.
+
+    The graphs take turns, so that a busy machine slows all alike; what disturbs one turn does not count.
+    """
     times: list[list[float]] = [[] for _ in graphs]
     for row in rows:
-        for graph, took in zip(graphs, times, strict=True):
-            picture = next(_decoded(settings, store, [row], graph.size))
-            begun = time.perf_counter()
-            graph(picture)
-            took.append(1000 * (time.perf_counter() - begun))
+        pictures = [next(_decoded(settings, store, [row], graph.size)) for graph in graphs]
+        quickest = [math.inf] * len(graphs)
+        for _ in range(TURNS):
+            for i, graph in enumerate(graphs):
+                begun = time.perf_counter()
+                graph(pictures[i])
+                quickest[i] = min(quickest[i], 1000 * (time.perf_counter() - begun))
+        for took, one in zip(times, quickest, strict=True):
+            took.append(one)
     return [statistics.median(took) for took in times]
 
 
@@ -463,6 +472,7 @@ def _decide(
         losses = _losses(bundle.probabilities(answers.logits, temperature), index)
     took, their_time = _latency(settings, store, [model.graph, other.graph], rows[:TIMED_IMAGES])
     evidence = replace(evidence, latency_ms=took)
+    evaluation["latency_ms"] = took
     against = Evidence(
         labels=evidence.labels,
         right=other.right(answers.logits, rows),
@@ -528,7 +538,7 @@ def _shown(
     """The surest mistakes and the least sure answers, with what the network looked at where the graph tells."""
     right, sure = model.right(probabilities, rows), probabilities.max(axis=1)
     mistakes = [int(i) for i in np.argsort(-sure, kind="stable") if not right[i]]
-    doubtful = [int(i) for i in np.argsort(sure, kind="stable")]
+    doubtful = [int(i) for i in np.argsort(sure, kind="stable") if int(i) not in mistakes[:SHOWN]]
 
     def tile(i: int) -> evaluation_report.Tile:
         (picture,) = _decoded(settings, store, [rows[i]], model.graph.size)

@@ -96,7 +96,7 @@ def page(*, run_id: str, facts: dict[str, Any], evaluation: dict[str, Any], pict
         lstrip_blocks=True,
     )
     environment.filters["percent"] = percent
-    environment.filters["signed"] = lambda share: f"{100 * share:+.1f}".replace("-", "−") + " %"
+    environment.filters["signed"] = signed
     environment.filters["embedded"] = embedded
     verdict = evaluation["verdict"]
     claim = verdict["claim"] if verdict["decision"] == "promote" else ""
@@ -119,6 +119,12 @@ def page(*, run_id: str, facts: dict[str, Any], evaluation: dict[str, Any], pict
 def percent(share: float | None) -> str:
     """`97.5 %`; a dash where there was nothing to count."""
     return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def signed(share: float) -> str:
+    """`+2.5 %`; a share that rounds to nothing has no sign."""
+    tenths = round(1000 * share)
+    return f"{tenths / 10:+.1f} %".replace("-", "−") if tenths else "0 %"
 
 
 def embedded(picture: Rgb) -> str:

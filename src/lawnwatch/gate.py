@@ -306,7 +306,7 @@ def compare(policy: GateSettings, challenger: Evidence, champion: Evidence) -> t
     if kinds:
         ours, theirs = (np.stack([model.robust[kind] for kind in kinds]) for model in (challenger, champion))
         drop, low, high = bootstrap_mean((theirs.astype(float) - ours).mean(axis=0), policy.alpha)
-        said = f"On altered images it is {-drop:+.1%} against the champion ({-high:+.1%} to {-low:+.1%})"
+        said = f"On altered images it is {_signed(-drop)} against the champion ({_signed(-high)} to {_signed(-low)})"
         status: Status = (
             "passed" if drop <= policy.robust_margin else "failed" if low > policy.robust_margin else "unsure"
         )
@@ -320,9 +320,9 @@ def compare(policy: GateSettings, challenger: Evidence, champion: Evidence) -> t
 
 def _overall(policy: GateSettings, pair: PairedGain) -> Check:
     said = (
-        f"On {pair.images} test images the challenger is {pair.gain:+.1%} against the champion "
-        f"({pair.wins} images won, {pair.losses} lost; {100 * (1 - 2 * policy.alpha):.0f} % interval "
-        f"{pair.low:+.1%} to {pair.high:+.1%})"
+        f"On {pair.images} test images the challenger is {_signed(pair.gain)} against the champion "
+        f"({pair.wins} won, {pair.losses} lost; {100 * (1 - 2 * policy.alpha):.0f} % interval "
+        f"{_signed(pair.low)} to {_signed(pair.high)})"
     )
     if pair.p_better <= policy.alpha:
         return Check("accuracy against champion", "passed", f"{said}: it is better, McNemar {_p(pair.p_better)}.")
@@ -359,6 +359,11 @@ def _classes(policy: GateSettings, challenger: Evidence, champion: Evidence) -> 
             said += f": it may still be worse by {policy.class_margin:.0%}, {_p(p)}"
             checks.append(Check(name, "unsure", f"{said}.", more * len(labels)))
     return checks
+
+
+def _signed(share: float) -> str:
+    tenths = round(1000 * share)
+    return f"{tenths / 10:+.1f}%" if tenths else "0%"
 
 
 def _p(value: float) -> str:

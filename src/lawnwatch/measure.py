@@ -123,7 +123,9 @@ def measure(probabilities: Floats, labels: Ints, classes: Sequence[str]) -> dict
         low, high = np.quantile([one[name] for one in resamples if name in one], [0.025, 0.975])
         if name == "accuracy":
             low, high = wilson(round(value * n), n)
-        metrics[name] = {"value": value, "low": float(low), "high": float(high)}
+        # A mean of absolute values, such as the calibration error, is larger in every resample: the bootstrap's
+        # interval may lie above the value.
+        metrics[name] = {"value": value, "low": float(min(low, value)), "high": float(max(high, value))}
     matrix = confusion(probabilities.argmax(axis=1), labels, len(classes))
     per_class = {}
     for i, label in enumerate(classes):
