@@ -99,6 +99,7 @@ class TrainSettings(BaseModel):
 
     seed: int = Field(17, description="Seed of every random choice in training.")
     budget_seconds: float = Field(120.0, gt=0, description="Time for training all candidates of a run, seconds.")
+    candidates: list[str] = Field([], description="Names of the candidates to train (JSON list); empty: all.")
     fine_tune_epochs: int = Field(8, ge=0, description="Most epochs of fine-tuning; 0 leaves that candidate out.")
     batch_size: int = Field(32, ge=1, description="Images in a training batch.")
 

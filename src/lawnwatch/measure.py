@@ -246,7 +246,7 @@ def bootstrap_mean(values: Floats, level: float, *, resamples: int = 1000, seed:
     step = max(1, 4_000_000 // n)
     means = np.concatenate(
         [
-            values[rng.integers(0, n, size=(min(step, resamples - start), n))].mean(axis=1)
+            values[rng.integers(0, n, size=(min(step, resamples - start), n), dtype=np.int32)].mean(axis=1)
             for start in range(0, resamples, step)
         ]
     )

@@ -286,6 +286,12 @@ def artifacts(settings: Settings, run_id: str, folder: str) -> Path:
     return copy
 
 
+def run_params(settings: Settings, run_id: str) -> dict[str, str]:
+    """What a run was started with, as MLflow keeps it. Raises NotFound, Unavailable."""
+    with tracking(settings) as client:
+        return {str(name): str(value) for name, value in client.get_run(run_id).data.params.items()}
+
+
 def forget_artifacts(settings: Settings, run_id: str, folder: str) -> None:
     """Drop the local copy of an artifact folder that was written anew."""
     shutil.rmtree(settings.home / "cache" / "runs" / run_id / folder, ignore_errors=True)
@@ -404,9 +410,6 @@ def promote(settings: Settings, catalog: Catalog, run_id: str) -> Promotion:
         Conflict: the champion is no longer the one the verdict compared with.
         Unavailable: MLflow or the database does not answer; nothing was changed.
     """
-    verdict = find_verdict(catalog, run_id)
-    if verdict is None:
-        raise NotFound(f"run {run_id} has no verdict.", hint=f"Run `lawnwatch evaluate --run {run_id}` first.")
     now = champion(settings, catalog)
     if now is not None and now.run_id == run_id:
         with tracking(settings) as client:
@@ -414,11 +417,7 @@ def promote(settings: Settings, catalog: Catalog, run_id: str) -> Promotion:
         return Promotion(
             now.version, now.previous_version, run_id, False, f"Version {now.version} is champion already."
         )
-    if verdict.decision != "promote":
-        raise DataError(
-            f"run {run_id} is not promoted; its verdict is {verdict.decision}: {verdict.reason}",
-            hint="The champion stays as it is.",
-        )
+    verdict = _promotable(catalog, run_id)
     with _locked_champion(settings, catalog, verdict.champion_version) as session:
         with tracking(settings) as client:
             version = _register(settings, client, verdict)
@@ -528,13 +527,32 @@ def _crown(session: Session, settings: Settings, kind: str, version: int, verdic
     session.flush()
 
 
-def register(settings: Settings, catalog: Catalog, run_id: str) -> int:
-    """Register a run's model as a version with alias `challenger`; again returns the same version."""
+def register(settings: Settings, catalog: Catalog, run_id: str) -> VersionInfo:
+    """Register a run's model as a version with alias `challenger`; again returns the same version.
+
+    Raises:
+        NotFound: the run has no verdict. DataError: its verdict is not `promote`. Unavailable.
+    """
+    verdict = _promotable(catalog, run_id)
+    now = champion(settings, catalog)
+    if now is None or now.run_id != run_id:
+        with tracking(settings) as client:
+            version = _register(settings, client, verdict)
+    else:
+        version = now.version
+    return show(settings, catalog, version)
+
+
+def _promotable(catalog: Catalog, run_id: str) -> Verdict:
     verdict = find_verdict(catalog, run_id)
     if verdict is None:
         raise NotFound(f"run {run_id} has no verdict.", hint=f"Run `lawnwatch evaluate --run {run_id}` first.")
-    with tracking(settings) as client:
-        return _register(settings, client, verdict)
+    if verdict.decision != "promote":
+        raise DataError(
+            f"run {run_id} is not promoted; its verdict is {verdict.decision}: {verdict.reason}",
+            hint="The champion stays as it is.",
+        )
+    return verdict
 
 
 def _register(settings: Settings, client: Any, verdict: Verdict) -> int:
