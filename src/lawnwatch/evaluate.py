@@ -1,14 +1,14 @@
 """Is the run good enough, and better than the champion? Measured on the graph that will be served.
 
 Pictures go through `images.decode` and the LiteRT graph, the road of serving. The temperature and the threshold of
-"unknown" are fitted on the validation split; the test split only measures. What is measured goes to `gate.decide`; the
-verdict, every figure and a report for people are kept with the run, in MLflow, in the database and in the store.
+"unknown" are training's, from pictures that the head had not seen; the test split only measures. What is measured goes
+to `gate.decide`; the verdict, every figure and a report for people are kept with the run, in MLflow, in the database
+and in the store.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import statistics
@@ -28,7 +28,7 @@ import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from lawnwatch import bundle, dataset, evaluation_report, gate, images, measure, registry
+from lawnwatch import bundle, dataset, evaluation_report, gate, images, measure, registry, train
 from lawnwatch.catalog import Catalog, ImageRecord
 from lawnwatch.config import GateSettings, Settings
 from lawnwatch.errors import DataError, IntegrityError, NotFound
@@ -36,15 +36,12 @@ from lawnwatch.gate import Decision, Evidence
 from lawnwatch.registry import Verdict
 from lawnwatch.sketch import Sketch
 from lawnwatch.store import ObjectStore
-from lawnwatch.train import fit_temperature
 
 METHOD = "2"  # changes whenever the same run would be measured or judged differently
-REFERENCE_IMAGES = 1000  # training pictures in the reference sketch and in the bank of "unknown"
+REFERENCE_IMAGES = 1000  # training pictures in the reference sketch
 ALTERED_IMAGES = 400  # test pictures that are asked again in each alteration
 TIMED_IMAGES = 20
 TURNS = 4
-UNKNOWN_NEIGHBOUR = 5
-UNKNOWN_ACCEPT_RATE = 0.99
 HOSTS = 6  # largest source hosts that are slices of their own
 SHOWN = 8  # pictures in each row of the report
 
@@ -150,6 +147,7 @@ def report_key(run_id: str) -> str:
 class Model:
     """A run's graph and what the run says of it (`model.json`)."""
 
+    home: Path
     data: bytes
     facts: dict[str, Any]
     graph: bundle.Graph
@@ -158,7 +156,7 @@ class Model:
     def open(cls, home: Path, facts: dict[str, Any]) -> Model:
         """Raises UnusableModel when the file is no graph under the contract."""
         data = (home / bundle.MODEL).read_bytes()
-        return cls(data, facts, cls._graph(data, facts))
+        return cls(home, data, facts, cls._graph(data, facts))
 
     @staticmethod
     def _graph(data: bytes, facts: dict[str, Any]) -> bundle.Graph:
@@ -248,7 +246,7 @@ def _measure(
     folder: Path,
     progress: Progress,
 ) -> tuple[dict[str, Any], Evidence, NDArray[np.float64]]:
-    """Calibrate on validation, measure on test, keep in `folder` what the bundle needs.
+    """Measure on test, with training's calibration; keep in `folder` what the bundle needs.
 
     Returns:
         The evaluation, what the gate reads, and the calibrated (n, k) probabilities on the test split.
@@ -260,19 +258,15 @@ def _measure(
     index = {label: i for i, label in enumerate(classes)}
     labels = {split: np.array([index[row.label] for row in rows[split]], np.int64) for split in rows}
     validation = ask(settings, store, graph, rows["validation"])
-    temperature = fit_temperature(validation.logits, labels["validation"])
+    fitted = train.load_calibration(model.home)
+    temperature = fitted.temperature
 
     reference_rows = sorted(rows["train"], key=lambda row: str(row.sha256))[:REFERENCE_IMAGES]
     progress(f"Measuring {len(rows['test'])} test images; reference of {len(reference_rows)} training images.")
     reference = ask(settings, store, graph, reference_rows)
     sketch = Sketch.of(reference.embeddings, reference.brightness, reference.sharpness)
     (folder / bundle.SKETCH).write_bytes(sketch.to_bytes())
-    bank = reference.embeddings / np.maximum(np.linalg.norm(reference.embeddings, axis=1, keepdims=True), 1e-12)
-    bank = bank.astype(np.float16)  # half the file; the score moves by less than 0.001
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, bank=bank)
-    (folder / bundle.UNKNOWN).write_bytes(buffer.getvalue())
-    unknown = _unknown(bank.astype(np.float32), validation, temperature)
+    (folder / bundle.UNKNOWN).write_bytes(fitted.statistics)
 
     test = ask(settings, store, graph, rows["test"])
     probabilities = bundle.probabilities(test.logits, temperature)
@@ -292,7 +286,8 @@ def _measure(
     (folder / "predictions.json").write_text(json.dumps(answers))
     evaluation |= {
         "temperature": temperature,
-        "unknown": unknown.model_dump(),
+        "unknown": fitted.unknown.model_dump(),
+        "unknown_comparison": fitted.comparison,
         "slices": measure.slices(right, _divisions(catalog, rows["test"], test)),
         "robustness": {
             "images": len(rows["test"][:ALTERED_IMAGES]),
@@ -414,17 +409,6 @@ def _label_sources(catalog: Catalog, rows: Sequence[dataset.Row]) -> list[str]:
             )
             found |= {str(sha): source for sha, source in session.execute(query.order_by(ImageRecord.id.desc()))}
     return [found.get(sha, "no longer in the catalog") for sha in shas]
-
-
-def _unknown(bank: NDArray[np.float32], validation: Answers, temperature: float) -> bundle.Unknown:
-    """A threshold on the distance to the k-th training embedding that lets the stated share of validation pass."""
-    k = min(UNKNOWN_NEIGHBOUR, len(bank))
-    spec = bundle.Unknown(method="knn", threshold=0.0, accept_rate=UNKNOWN_ACCEPT_RATE, k=k)
-    detector = bundle.UnknownDetector(spec, temperature, bank)
-    scores = [detector.score(outputs) for outputs in validation.outputs]
-    # The next number above, because the threshold itself already means unknown.
-    threshold = float(np.nextafter(np.quantile(scores, UNKNOWN_ACCEPT_RATE, method="higher"), np.inf))
-    return spec.model_copy(update={"threshold": threshold})
 
 
 def _listed(
