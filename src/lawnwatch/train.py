@@ -40,6 +40,7 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from lawnwatch import bundle, dataset, images, model, registry, unknown
 from lawnwatch.catalog import Catalog
@@ -224,7 +225,8 @@ def run(
                 return _recorded(done[0], snapshot, unchanged=False, message=message)
 
     work = settings.home / "cache" / "train" / found.fingerprint
-    with _disk(work):
+    # Many small systems are solved: threads of linear algebra wait for one another longer than they work.
+    with _disk(work), threadpool_limits(1, "blas"):
         work.mkdir(parents=True, exist_ok=True)
         candidates, best = _compute(settings, store, snapshot, found.fingerprint, work, reason, begun, progress)
     progress("Logging the run to MLflow.")
