@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 import pytest
 
-from lawnwatch import bundle, dataset, evaluate, images, ingest, registry, release, train
+from lawnwatch import bundle, dataset, evaluate, images, ingest, registry, release, train, unknown
 from lawnwatch.catalog import Catalog
 from lawnwatch.config import Settings
 from lawnwatch.errors import Conflict, DataError, IntegrityError, NotFound, SettingsError, Unavailable
@@ -111,7 +111,10 @@ def test_the_run_page_answers_what_it_was_trained_on_and_how_good_it_is(trained:
     assert run.inputs.dataset_inputs[0].dataset.digest == trained.snapshot.id[:36]
     assert "validation accuracy" in run.data.tags["mlflow.note.content"]
     assert {child.info.run_name for child in children} == {"linear_probe", "fine_tuned", "color_baseline"}
-    assert {"model/model.tflite", "model/model.weights.h5", "model/model.json"} <= files
+    assert {"model/model.tflite", "model/model.weights.h5", "model/model.json", "model/calibration.json"} <= files
+    assert {"cv_ece", "unknown_auroc_mahalanobis_background", "unknown_auroc_knn", "int8_speedup"} <= set(
+        run.data.metrics
+    )
     assert run.info.artifact_uri.startswith((trained.settings.home / "mlartifacts").as_uri())
     assert trained.result.best in ("linear_probe", "fine_tuned")
     assert not (trained.settings.home / "cache" / "train" / run.data.tags["lawnwatch.fingerprint"]).exists()
@@ -153,6 +156,51 @@ def test_a_promoted_model_is_published_and_every_step_repeats_without_change(
     assert (repeated.run_id, repeated.unchanged) == (road.result.run_id, True)
     assert len(registry.list_versions(settings, catalog)) == 1
     assert not train.check(settings, catalog, store, force=True, reason="labels reviewed").unchanged
+
+
+def test_both_graphs_travel_and_the_served_one_is_not_worse(
+    road: Road, champion: registry.Promotion, weights: str
+) -> None:
+    found = bundle.read(road.store, release.publish(road.settings, road.catalog, road.store, progress=quiet).sha256)
+    variants = found.manifest.variants
+    assert set(variants) == {"float32", "int8"}
+    assert variants[found.manifest.served].file == bundle.MODEL
+    assert variants["int8"].passed == (found.manifest.served == "int8")
+    graphs = {
+        name: bundle.Graph(found.bytes_of(one.file), classes=len(found.manifest.classes))
+        for name, one in variants.items()
+    }
+    sizes = {name: len(found.bytes_of(one.file)) for name, one in variants.items()}
+    assert sizes["int8"] < 0.4 * sizes["float32"]
+    if weights == "none":
+        return
+    assert variants["int8"].accuracy_change >= -train.INT8_LOSS
+    rows = road.snapshot.split("test")[:20]
+    said = {}
+    for name, graph in graphs.items():
+        answers = evaluate.ask(road.settings, road.store, graph, rows)
+        said[name] = bundle.probabilities(answers.logits, found.manifest.temperature)
+        assert graph(np.zeros((224, 224, 3), np.uint8)).cam is not None
+    assert float(np.abs(said["int8"] - said["float32"]).mean()) < 0.1
+
+
+def test_what_is_no_class_is_told_by_the_published_bundle(
+    road: Road, champion: registry.Promotion, weights: str
+) -> None:
+    """Noise, a drawing and a night sky are unknown; photographs of the classes are not."""
+    if weights == "none" or road.snapshot.samples:
+        pytest.skip("drawn pictures on random features: nothing to tell apart")
+    found = bundle.read(road.store, release.publish(road.settings, road.catalog, road.store, progress=quiet).sha256)
+    detector = bundle.UnknownDetector.of(found)
+    assert detector is not None and detector.spec.method == unknown.METHOD
+    graph = bundle.Graph(found.bytes_of(bundle.MODEL), classes=len(found.manifest.classes))
+    rng = np.random.default_rng(99)
+    strange = [unknown.KINDS[kind](rng, 224) for kind in ("noise", "noise", "shapes", "text", "stars", "chart")]
+    told = [detector.score(graph(picture)) >= detector.spec.threshold for picture in strange]
+    assert sum(told) >= len(told) - 1, told
+    answers = evaluate.ask(road.settings, road.store, graph, road.snapshot.split("test"))
+    scores = detector.scores(answers.logits, answers.embeddings)
+    assert float((scores >= detector.spec.threshold).mean()) <= 0.15
 
 
 def serving(found: bundle.Bundle, change: Callable[[np.ndarray], np.ndarray] = lambda p: p) -> Callable[[bytes], Any]:
