@@ -81,7 +81,8 @@ def training_pipeline():
     approve = ApprovalOperator(
         task_id="approve",
         subject="Make the challenger champion?",
-        body="{{ ti.xcom_pull('evaluate', key='message') }}\n\nReport: {{ ti.xcom_pull('evaluate', key='report_url') }}",
+        body="{{ ti.xcom_pull('evaluate', key='message') }}\n\n"
+        "[The report]({{ ti.xcom_pull('evaluate', key='report_url') }})",
         defaults=[ApprovalOperator.REJECT],
         response_timeout=timedelta(days=2),
         execution_timeout=None,  # it would cut the waiting short
