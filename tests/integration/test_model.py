@@ -80,7 +80,9 @@ def champion(road: Road) -> registry.Promotion:
     return registry.promote(road.settings, road.catalog, road.result.run_id)
 
 
-def challenger(road: Road, edit: Callable[[np.ndarray], np.ndarray], *, reason: str = "", snapshot: str = "") -> str:
+def challenger(
+    road: Road, edit: Callable[[np.ndarray], np.ndarray], *, reason: str = "", classes: tuple[str, ...] = ()
+) -> str:
     """A run whose graph is the trained one with an edited head kernel (n, 1280)."""
     source = registry.artifacts(road.settings, road.result.run_id, "model")
     folder = road.settings.home / "challenger" / "model"
@@ -97,6 +99,7 @@ def challenger(road: Road, edit: Callable[[np.ndarray], np.ndarray], *, reason: 
     edited = edit(kernel.copy()).astype(np.float32)
     (folder / bundle.MODEL).write_bytes(graph.replace(kernel.tobytes(), edited.tobytes()))
     facts = json.loads((folder / "model.json").read_text())
+    facts["classes"] = list(classes) or facts["classes"]
     facts |= {"reason": reason, "fingerprint": f"challenger {time.monotonic()}"}
     (folder / "model.json").write_text(json.dumps(facts))
     registry.seal(folder)
@@ -256,6 +259,14 @@ def test_38_a_broken_model_ends_in_a_verdict_not_in_a_version(
     with pytest.raises(DataError):
         registry.promote(road.settings, road.catalog, run_id)
     assert registry.list_versions(road.settings, road.catalog) == []
+
+
+@pytest.mark.parametrize("classes", [("dandelion", "grass", "moss"), ("grass", "dandelion")])
+def test_37_a_wrong_number_or_order_of_classes_is_rejected(road: Road, classes: tuple[str, ...]) -> None:
+    run_id = challenger(road, lambda kernel: kernel, classes=classes)
+    verdict = evaluate.run(road.settings, road.catalog, road.store, run_id, progress=quiet)
+    assert verdict.decision == "reject", verdict.reason
+    assert ("(1, 3)" in verdict.reason) == (len(classes) == 3)
 
 
 def test_41_an_equal_challenger_needs_a_reason_and_can_be_rolled_back(road: Road, champion: registry.Promotion) -> None:
