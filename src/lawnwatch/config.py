@@ -105,7 +105,7 @@ class TrainSettings(BaseModel):
 
 
 class GateSettings(BaseModel):
-    """What a model must show before it is promoted"""
+    """What a model must show before it is promoted."""
 
     min_test_images: int = Field(30, ge=1, description="Fewest test images on which anything is decided.")
     min_accuracy: float = Field(0.75, ge=0, le=1, description="Floor: lower 95 % bound of test accuracy.")

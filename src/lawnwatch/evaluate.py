@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +32,7 @@ from numpy.typing import NDArray
 from lawnwatch import bundle, dataset, evaluation_report, gate, images, measure, registry, train
 from lawnwatch.catalog import Catalog, ImageRecord
 from lawnwatch.config import GateSettings, Settings
-from lawnwatch.errors import DataError, IntegrityError, NotFound
+from lawnwatch.errors import DataError, IntegrityError, NotFound, Unavailable
 from lawnwatch.gate import Decision, Evidence
 from lawnwatch.registry import Verdict
 from lawnwatch.sketch import Sketch
@@ -84,7 +85,7 @@ def run(settings: Settings, catalog: Catalog, store: ObjectStore, run_id: str, *
             "validation.",
             hint="Both splits need images: add some and create a snapshot.",
         )
-    with tempfile.TemporaryDirectory() as building:
+    with _disk(), tempfile.TemporaryDirectory() as building:
         folder = Path(building) / "evaluation"
         folder.mkdir()
         evaluation: dict[str, Any] = {}
@@ -128,6 +129,20 @@ def run(settings: Settings, catalog: Catalog, store: ObjectStore, run_id: str, *
             evaluation=evaluation,
         ),
     )
+
+
+@contextmanager
+def _disk() -> Iterator[None]:
+    """A full or read-only disk is said as such; nothing is recorded by then, so that a re-run begins anew."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise Unavailable(
+            f"the evaluation cannot be written to {tempfile.gettempdir()}: {error.strerror}.",
+            hint="Free disk space, or set TMPDIR to a place that has some, and run the step again.",
+        ) from error
 
 
 def policy_of(policy: GateSettings) -> str:

@@ -114,10 +114,10 @@ class PairedGain:
     Attributes:
         wins: pictures that only the challenger had right.
         losses: pictures that only the champion had right.
-        low, high: exact bounds of the gain, each at level alpha.
+        low, high: bounds of the gain by Tango's score, each at level alpha.
         p_better, p_worse: exact McNemar test, one-sided, of "no better" and of "no worse".
         p_not_worse: exact test of "worse by the margin or more".
-        bootstrap: bounds by the paired bootstrap, each at level alpha, beside the exact ones.
+        bootstrap: bounds by the paired bootstrap, each at level alpha.
     """
 
     images: int
@@ -211,11 +211,12 @@ def _most_losses(score: float, n: int, margin: float) -> NDArray[np.int64]:
 
 
 def _largest_loss(wins: int, losses: int, n: int, alpha: float) -> float:
-    """The largest loss of accuracy that the exact test does not rule out at level alpha, to 0.001."""
+    """The largest loss of accuracy that the score does not rule out at level alpha (Tango's interval), to 0.0001."""
     low, high = (losses - wins) / n, 1.0
-    while high - low > 0.001:
-        middle = round((low + high) / 2, 5)
-        low, high = (low, middle) if not_worse(wins, losses, n, middle) <= alpha else (middle, high)
+    while high - low > 0.0001:
+        middle = (low + high) / 2
+        ruled_out = _score(np.array(float(wins)), np.array(float(losses)), n, middle) >= quantile(1 - alpha)
+        low, high = (low, middle) if ruled_out else (middle, high)
     return high
 
 
