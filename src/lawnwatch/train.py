@@ -1216,7 +1216,8 @@ def _log(
         run_id = str(run.info.run_id)
         half.write_text(run_id)
         _log_inputs(client, run_id, snapshot)
-        params = {f"train.{name}": value for name, value in settings.train.model_dump(mode="json").items()}
+        read = settings.train.model_dump(mode="json")
+        params: dict[str, Any] = {f"train.{name}": json.dumps(value) for name, value in read.items()}
         params |= {"views": VIEWS, "recipe": RECIPE, "classes": ",".join(snapshot.classes), "best": best.name}
         params |= {f"images.{split}": len(snapshot.split(split)) for split in ("train", "validation", "test")}
         _log_batch(client, run_id, params, {"val_accuracy": [best.val_accuracy], "val_log_loss": [best.val_log_loss]})

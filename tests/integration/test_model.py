@@ -486,10 +486,10 @@ def test_35_a_full_disk_ends_the_evaluation_with_a_sentence(road: Road) -> None:
     assert registry.list_versions(road.settings, road.catalog) == []
 
 
-def test_30_mlflow_down_is_said_in_bounded_time_and_training_continues_from_its_checkpoint(
+def test_30_35_a_killed_run_and_one_without_mlflow_continue_from_their_checkpoints(
     road: Road, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MLflow dies after the work was done; the next run computes nothing again."""
+    """Cut off after the probe, then MLflow dies after the work was done: what was done is not done again."""
     for variable in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
         monkeypatch.setenv(variable, "2")
     down = road.settings.model_copy(update={"mlflow_tracking_uri": "http://127.0.0.1:9"})
@@ -497,6 +497,16 @@ def test_30_mlflow_down_is_said_in_bounded_time_and_training_continues_from_its_
     with pytest.raises(Unavailable, match="MLflow"):
         train.run(down, road.catalog, road.store, force=True, reason="r", progress=quiet)
     assert time.monotonic() - begun < 60
+
+    class Killed(BaseException):
+        pass
+
+    def die_after_the_probe(line: str) -> None:
+        if line.startswith("linear_probe: validation"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        train.run(road.settings, road.catalog, road.store, force=True, reason="r", progress=die_after_the_probe)
 
     checked = train.check(road.settings, road.catalog, road.store)
     lines: list[str] = []
@@ -509,6 +519,7 @@ def test_30_mlflow_down_is_said_in_bounded_time_and_training_continues_from_its_
     finally:
         home.unlink()
         (road.settings.home / "gone").rename(home)
+    assert "linear_probe: kept from the run that was cut off." in lines
     work = road.settings.home / "cache" / "train" / checked.fingerprint
     assert (work / "model" / "files.json").exists()
 

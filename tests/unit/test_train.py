@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import pytest
 
-from lawnwatch import bundle, model, train
+from lawnwatch import bundle, dataset, model, train
 from lawnwatch.config import Settings
-from lawnwatch.errors import SettingsError
+from lawnwatch.errors import DataError, SettingsError
 
 pytestmark = pytest.mark.unit
 
@@ -94,6 +95,25 @@ def test_candidates_that_cannot_be_trained_are_said(wanted: list[str]) -> None:
             *(None, None),  # type: ignore[arg-type]
             progress=print,
         )
+
+
+@pytest.mark.parametrize(
+    ("pictures", "words"),
+    [
+        ([("grass", "train"), ("grass", "validation")], "needs at least two"),
+        ([("grass", "train"), ("daisy", "train"), ("grass", "validation"), ("grass", "test")], "validation split"),
+        ([("grass", "train"), ("daisy", "test"), ("grass", "validation")], "train split"),
+    ],
+)
+def test_one_class_or_a_handful_of_pictures_ends_in_words(pictures: list[tuple[str, str]], words: str) -> None:
+    rows = [
+        dataset.Row(f"{i:064x}", f"images/{i}", label, split, f"{i}", "http://a/", 9, 9, 0.5, 9.0)
+        for i, (label, split) in enumerate(pictures)
+    ]
+    labels = sorted({label for label, _ in pictures})
+    snapshot = dataset.Snapshot("a" * 64, datetime(2026, 1, 1, tzinfo=UTC), labels, {}, False, rows)
+    with pytest.raises(DataError, match=words):
+        train._must_be_trainable(snapshot)
 
 
 def test_logits_that_are_no_numbers_make_no_candidate() -> None:
