@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "infra"))
 import samples  # noqa: E402
 
-LIMIT_SECONDS = 180.0
+LIMIT_SECONDS = 120.0
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

@@ -3,62 +3,98 @@
 
 1. **check** looks whether anything that training reads has changed. If not, **unchanged** says which
    version stays.
-2. **train** trains the candidates and picks one on the validation split.
-3. **evaluate** measures it on the frozen test split, against the champion, and gives a verdict.
-4. **promote** makes it champion when the verdict says so; else **keep_champion** says why not.
-5. **release** publishes the champion's bundle, which starts `inference_pipeline`. Publishing twice changes
+2. **snapshot** reads the snapshot back, whole and unaltered; every later step uses this one, even when a newer one
+   appears meanwhile.
+3. **train** trains the candidates and picks one on the validation split.
+4. **evaluate** measures it on the frozen test split, against the champion, and keeps a report.
+5. **gate** reads the verdict: promote, or **keep_champion** says why not. With *approval*, **register** makes the model
+   a version, the challenger, and **approve** waits for a person (Required Actions in the menu); no answer is a no.
+6. **promote** makes it champion; if somebody else's model was quicker, it is judged again, against that one.
+7. **release** publishes the champion's bundle, which starts `inference_pipeline`. Publishing twice changes
    nothing, so it also mends a run that was cut off between promotion and release.
 
-Starts when `data_pipeline` makes a new snapshot, or by hand: press Trigger.
+Starts when `data_pipeline` makes a new snapshot, every Sunday, or by hand: press Trigger.
 """
 
-from airflow.sdk import Param, dag, task
+from datetime import UTC, datetime, timedelta
+
+from airflow.providers.standard.operators.hitl import ApprovalOperator
+from airflow.sdk import AssetOrTimeSchedule, CronTriggerTimetable, Param, dag, task
 
 from lawnwatch.pipeline import DEFAULTS, RELEASE, SNAPSHOT, say, step
 
 
 @task.branch
 def anything_new(unchanged: bool) -> str:
-    return "unchanged" if unchanged else "train"
+    return "unchanged" if unchanged else "snapshot"
 
 
 @task.branch
-def verdict(decision: str) -> str:
-    return "promote" if decision == "promote" else "keep_champion"
+def gate(decision: str, params: dict | None = None) -> str:
+    if decision != "promote":
+        return "keep_champion"
+    return "register" if params and params["approval"] else "promote"
 
 
 @dag(
-    schedule=[SNAPSHOT],
+    schedule=AssetOrTimeSchedule(timetable=CronTriggerTimetable("0 3 * * 0", timezone="UTC"), assets=[SNAPSHOT]),
+    start_date=datetime(2026, 1, 1, tzinfo=UTC),
+    catchup=False,
     max_active_runs=1,
     default_args=DEFAULTS,
     doc_md=__doc__,
     tags=["lawnwatch", "training"],
     params={
+        "snapshot": Param(None, type=["null", "string"], description="Snapshot id; empty: the newest."),
+        "candidates": Param(
+            None,
+            type=["null", "array"],
+            items={"type": "string"},
+            description="Only these candidates, one a line, such as linear_probe; empty: all.",
+        ),
+        "budget": Param(
+            None, type=["null", "integer"], minimum=1, description="Seconds for training; empty: as set for all runs."
+        ),
         "force": Param(False, type="boolean", description="Train even when nothing has changed."),
         "reason": Param(
             None,
             type=["null", "string"],
-            description="Why; recorded, and required to promote a model that is merely not worse.",
+            description="Why; recorded, and a reason to promote a model that is merely not worse.",
         ),
-        "snapshot": Param(None, type=["null", "string"], description="Snapshot id; empty: the newest."),
+        "approval": Param(False, type="boolean", description="Ask a person before the champion is replaced."),
     },
 )
 def training_pipeline():
     wish = (
-        "--snapshot={{ params.snapshot or '' }}",
+        "{{ '--candidates=' ~ params.candidates | join(',') if params.candidates else '' }}",
+        "{{ '--budget=%d' % params.budget if params.budget else '' }}",
         "{{ '--force' if params.force else '' }}",
         "--reason={{ params.reason or '' }}",
     )
-    checked = step("check", "train", "--check", *wish)
+    checked = step("check", "train", "--check", "--snapshot={{ params.snapshot or '' }}", *wish)
     unchanged = say.override(task_id="unchanged")(checked["message"])
-    trained = step("train", "train", *wish)
+    snapshot = step("snapshot", "snapshot", "show", checked["snapshot"])
+    trained = step("train", "train", "--snapshot", snapshot["snapshot"], *wish)
     evaluated = step("evaluate", "evaluate", "--run", trained["run_id"])
-    promoted = step("promote", "model", "promote", "--run", trained["run_id"])
     kept = say.override(task_id="keep_champion")(evaluated["message"])
+    registered = step("register", "model", "register", "--run", trained["run_id"])
+    approve = ApprovalOperator(
+        task_id="approve",
+        subject="Make the challenger champion?",
+        body="{{ ti.xcom_pull('evaluate', key='message') }}\n\n"
+        "[The report]({{ ti.xcom_pull('evaluate', key='report_url') }})",
+        defaults=[ApprovalOperator.REJECT],
+        response_timeout=timedelta(days=2),
+        execution_timeout=None,  # it would cut the waiting short
+    )
+    promoted = step(
+        "promote", "model", "promote", "--run", trained["run_id"], trigger_rule="none_failed_min_one_success"
+    )
     released = step("release", "release", outlets=(RELEASE,), trigger_rule="none_failed_min_one_success")
 
-    anything_new(checked["unchanged"]) >> [unchanged, trained]
-    verdict(evaluated["decision"]) >> [promoted, kept]
+    anything_new(checked["unchanged"]) >> [unchanged, snapshot]
+    gate(evaluated["decision"]) >> [registered, promoted, kept]
+    registered >> approve >> promoted
     [unchanged, promoted] >> released
 
 

@@ -5,6 +5,9 @@ with its SHA-256 and is written last; the bundle's own name is the SHA-256 of th
 was swapped, truncated or edited no longer has its name. It holds data only: a LiteRT graph, arrays (never
 pickled), pictures, JSON and Markdown. There is no code in a bundle; nothing in it runs but the graph.
 
+`model.tflite` is the graph that is served. Others of the same model (float32 beside int8) lie beside it; `variants`
+says what each is, how it was judged and which of them is served.
+
 The graph's signature `serving_default` takes `image` (1, size, size, 3) uint8 RGB as `images.decode` makes
 it, and returns, by name, `logits` (1, n) float32, `embedding` (1, d) float32 and, when there, `cam`
 (1, h, w, n) float32. `Graph` runs it for evaluation, for the golden answers and for serving alike: what was
@@ -60,6 +63,16 @@ SUFFIXES = {
 }
 MAX_MANIFEST_BYTES = 4_000_000
 
+# Which arrays of `unknown.npz` a method needs, each with its number of dimensions.
+_MAHALANOBIS = {"means": 2, "axes": 2, "variances": 1, "rest": 0}
+_BACKGROUND = {"weight": 1, "bias": 0}
+STATISTICS: dict[str, dict[str, int]] = {
+    "knn": {"bank": 2},
+    "mahalanobis": _MAHALANOBIS,
+    "background": _BACKGROUND,
+    "mahalanobis_background": _MAHALANOBIS | _BACKGROUND | {"centre": 1, "scale": 1},
+}
+
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
@@ -86,10 +99,23 @@ class TensorSpec(_Strict):
 class Unknown(_Strict):
     """How a picture that belongs to no class is recognised: `score >= threshold` means unknown."""
 
-    method: Literal["max_softmax", "energy", "knn"]
+    method: Literal["max_softmax", "energy", "knn", "mahalanobis", "background", "mahalanobis_background"]
     threshold: float = Field(allow_inf_nan=False)
-    accept_rate: float = Field(ge=0, le=1, description="Share of validation pictures the threshold lets pass.")
+    accept_rate: float = Field(ge=0, le=1, description="Share of held-out pictures the threshold lets pass.")
     k: int = Field(1, ge=1, description="Which nearest neighbour counts (knn).")
+
+
+class Variant(_Strict):
+    """One graph of the model."""
+
+    file: str
+    arithmetic: Literal["float32", "int8"]
+    images: int = Field(0, ge=0, description="Held-out pictures on which it was compared with the float32 Keras model.")
+    accuracy_change: float = Field(0, ge=-1, le=1, description="Its accuracy minus Keras' on the same pictures.")
+    changed_answers: int = Field(0, ge=0, description="Pictures of these that it names otherwise.")
+    speedup: float = Field(1, gt=0, description="Times as fast as float32 in one run, one thread.")
+    passed: bool = Field(True, description="Not worse than the limit allows, and faster.")
+    reason: str = ""
 
 
 class GoldenAnswer(_Strict):
@@ -121,6 +147,8 @@ class BundleMeta(_Strict):
     preprocessing: dict[str, JsonValue]
     temperature: float = Field(gt=0, allow_inf_nan=False)
     unknown: Unknown | None = None
+    variants: dict[str, Variant] = Field(default_factory=dict)
+    served: str = Field("", description="Name of the variant that is `model.tflite`.")
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
     golden: list[GoldenAnswer] = Field(min_length=1)
@@ -141,6 +169,8 @@ class BundleMeta(_Strict):
         for answer in self.golden:
             if answer.label not in known or set(answer.probabilities) != known:
                 raise ValueError(f"golden answer of {answer.file} must name exactly the classes {self.classes}")
+        if self.variants and (self.served not in self.variants or self.variants[self.served].file != MODEL):
+            raise ValueError(f"served must name the variant in {MODEL}; received {self.served!r} of {self.variants}")
         logits = self.outputs.get("logits")
         if logits is None or logits.shape[-1] != len(self.classes):
             raise ValueError(f"outputs must hold `logits`, {len(self.classes)} numbers; received {self.outputs}")
@@ -150,7 +180,7 @@ class BundleMeta(_Strict):
 class Manifest(BundleMeta):
     """What a bundle is, in one file; its SHA-256 names the bundle."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
     runtime: Literal["litert"] = "litert"
     files: dict[str, FileEntry]
 
@@ -160,8 +190,9 @@ class Manifest(BundleMeta):
             path = Path(name)
             if path.is_absolute() or ".." in path.parts or path.suffix not in SUFFIXES or "\\" in name:
                 raise ValueError(f"a bundle may hold {', '.join(sorted(SUFFIXES))} files only; received {name!r}")
-        missing = {MODEL, *(answer.file for answer in self.golden)} - set(self.files)
-        if self.unknown is not None and self.unknown.method == "knn":
+        needed = {MODEL, *(one.file for one in self.variants.values()), *(answer.file for answer in self.golden)}
+        missing = needed - set(self.files)
+        if self.unknown is not None and self.unknown.method in STATISTICS:
             missing |= {UNKNOWN} - set(self.files)
         if missing:
             raise ValueError(f"the manifest misses the files {sorted(missing)}")
@@ -169,8 +200,9 @@ class Manifest(BundleMeta):
 
     def to_bytes(self) -> bytes:
         """Canonical JSON (sorted keys, no spaces, UTF-8): the same manifest is always the same bytes."""
+        later = {"variants", "served"} if self.schema_version == 1 else set()  # what version 1 did not have
         return json.dumps(
-            self.model_dump(mode="json"),
+            self.model_dump(mode="json", exclude=later),
             sort_keys=True,
             separators=(",", ":"),
             ensure_ascii=False,
@@ -469,18 +501,54 @@ def probabilities(logits: NDArray[np.floating[Any]], temperature: float) -> NDAr
 class UnknownDetector:
     """Scores how little a picture looks like any class; `score >= spec.threshold` means unknown.
 
+    Embeddings are scaled to unit length first, which a Gaussian model of them needs (Müller and Hein, "Mahalanobis++",
+    ICML 2025). Higher is stranger:
+
+        max_softmax             1 - largest probability (Hendrycks and Gimpel 2017)
+        energy                  -log-sum-exp of the logits (Liu et al. 2020)
+        knn                     1 - cosine to the k-th nearest training picture (Sun et al. 2022)
+        mahalanobis             squared distance to the nearest class mean under the classes' shared covariance, shrunk
+                                towards a multiple of the identity (Lee et al. 2018)
+        background              log-odds of a head that was trained on made pictures against the classes (outlier
+                                exposure, Hendrycks et al. 2019)
+        mahalanobis_background  the sum of these two, each in standard deviations of held-out training pictures
+
     Args:
         spec: method and threshold.
         temperature: the model's temperature (max_softmax).
-        bank: (m, d) unit-length embeddings of training pictures (knn), from `unknown.npz`.
+        statistics: the arrays that `STATISTICS` names for the method, from `unknown.npz`.
+
+    Raises:
+        IntegrityError: an array is missing, is not finite, or does not fit the others.
     """
 
-    def __init__(self, spec: Unknown, temperature: float, bank: NDArray[np.float32] | None = None) -> None:
-        if spec.method == "knn" and (bank is None or bank.ndim != 2 or len(bank) < spec.k):
-            raise IntegrityError(f"{UNKNOWN} must hold at least {spec.k} embeddings for the k-NN score.")
+    def __init__(
+        self, spec: Unknown, temperature: float, statistics: dict[str, NDArray[np.floating[Any]]] | None = None
+    ) -> None:
         self.spec = spec
         self.temperature = temperature
-        self.bank = bank
+        self._s: dict[str, NDArray[np.float32]] = {}
+        for name, dimensions in STATISTICS.get(spec.method, {}).items():
+            array = (statistics or {}).get(name)
+            if array is None or array.ndim != dimensions or not array.size or not np.isfinite(array).all():
+                raise IntegrityError(f"{UNKNOWN} must hold `{name}`, finite and of {dimensions} dimension(s).")
+            self._s[name] = array.astype(np.float32)
+        lengths = {array.shape[-1] for name, array in self._s.items() if name in ("bank", "means", "axes", "weight")}
+        if len(lengths) > 1:
+            raise IntegrityError(f"the arrays of {UNKNOWN} are made for embeddings of different lengths: {lengths}.")
+        self.length = lengths.pop() if lengths else None
+        if spec.method == "knn" and len(self._s["bank"]) < spec.k:
+            raise IntegrityError(f"{UNKNOWN} must hold at least {spec.k} embeddings for the k-NN score.")
+        if "axes" in self._s and (
+            self._s["variances"].shape != self._s["axes"].shape[:1]
+            or not (self._s["variances"] > 0).all()
+            or self._s["rest"] <= 0
+        ):
+            raise IntegrityError(f"{UNKNOWN} must hold a positive variance for each axis.")
+        if "centre" in self._s and not (
+            self._s["centre"].shape == self._s["scale"].shape == (2,) and (self._s["scale"] > 0).all()
+        ):
+            raise IntegrityError(f"{UNKNOWN} must hold a centre and a positive scale for each of two scores.")
 
     @classmethod
     def of(cls, bundle: Bundle) -> UnknownDetector | None:
@@ -488,23 +556,55 @@ class UnknownDetector:
         spec = bundle.manifest.unknown
         if spec is None:
             return None
-        bank = None
-        if spec.method == "knn":
-            try:
-                with np.load(io.BytesIO(bundle.bytes_of(UNKNOWN)), allow_pickle=False) as arrays:
-                    bank = arrays["bank"].astype(np.float32)
-            except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-                raise IntegrityError(f"{UNKNOWN} cannot be read: {error}") from error
-        return cls(spec, bundle.manifest.temperature, bank)
+        data = bundle.bytes_of(UNKNOWN) if spec.method in STATISTICS else None
+        return cls.load(spec, bundle.manifest.temperature, data)
+
+    @classmethod
+    def load(cls, spec: Unknown, temperature: float, data: bytes | None) -> UnknownDetector:
+        """The detector from the bytes of `unknown.npz`. Raises IntegrityError when they are something else."""
+        if data is None:
+            return cls(spec, temperature)
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                statistics = dict(arrays)
+        except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise IntegrityError(f"{UNKNOWN} cannot be read: {error}") from error
+        return cls(spec, temperature, statistics)
 
     def score(self, outputs: Outputs) -> float:
-        """Higher is stranger: 1 - max probability, -log-sum-exp, or 1 - cosine to the k-th neighbour."""
-        if self.spec.method == "max_softmax":
-            return float(1 - probabilities(outputs.logits, self.temperature).max())
-        if self.spec.method == "energy":
-            logits = outputs.logits.astype(np.float64)
-            return float(-(logits.max() + np.log(np.exp(logits - logits.max()).sum())))
-        assert self.bank is not None  # noqa: S101 - the constructor saw to it
-        embedding = outputs.embedding / max(float(np.linalg.norm(outputs.embedding)), 1e-12)
-        near = self.bank @ embedding
-        return float(1 - np.partition(near, len(near) - self.spec.k)[len(near) - self.spec.k])
+        """The score of one picture."""
+        return float(self.scores(outputs.logits[np.newaxis], outputs.embedding[np.newaxis])[0])
+
+    def scores(
+        self, logits: NDArray[np.floating[Any]], embeddings: NDArray[np.floating[Any]]
+    ) -> NDArray[np.floating[Any]]:
+        """The scores of m pictures: logits (m, n), embeddings (m, d) → (m,)."""
+        method = self.spec.method
+        if method == "max_softmax":
+            return np.asarray(1 - probabilities(logits, self.temperature).max(axis=1))
+        if method == "energy":
+            high = logits.max(axis=1).astype(np.float64)
+            return np.asarray(-(high + np.log(np.exp(logits - high[:, np.newaxis]).sum(axis=1))))
+        lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
+        unit = embeddings.astype(np.float32, copy=False) / np.maximum(lengths, 1e-12)
+        if method == "knn":
+            near = unit @ self._s["bank"].T
+            at = near.shape[1] - self.spec.k
+            return np.asarray(1 - np.partition(near, at, axis=1)[:, at])
+        if method == "mahalanobis":
+            return self._mahalanobis(unit)
+        if method == "background":
+            return self._background(unit)
+        centre, scale = self._s["centre"], self._s["scale"]
+        gaussian, head = self._mahalanobis(unit), self._background(unit)
+        return np.asarray((gaussian - centre[0]) / scale[0] + (head - centre[1]) / scale[1])
+
+    def _mahalanobis(self, unit: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Along the axes by their variances; what is left of the difference by the variance of the rest."""
+        away = unit[:, np.newaxis] - self._s["means"]  # (m, classes, d)
+        along = (away @ self._s["axes"].T) ** 2
+        left = np.maximum((away**2).sum(axis=2) - along.sum(axis=2), 0)
+        return np.asarray(((along / self._s["variances"]).sum(axis=2) + left / self._s["rest"]).min(axis=1))
+
+    def _background(self, unit: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.asarray(unit @ self._s["weight"] + self._s["bias"])

@@ -27,7 +27,7 @@ from pydantic import BaseModel
 from lawnwatch import __version__, log
 from lawnwatch.catalog import Catalog
 from lawnwatch.config import Settings, get_settings
-from lawnwatch.errors import NOTHING_TO_DO, InputError, IntegrityError, LawnwatchError, NotFound
+from lawnwatch.errors import NOTHING_TO_DO, Conflict, InputError, IntegrityError, LawnwatchError, NotFound
 from lawnwatch.store import ObjectStore, open_store
 
 INTERRUPTED, TOLD_TO_STOP = 128 + signal.SIGINT, 128 + signal.SIGTERM
@@ -420,12 +420,20 @@ def train_command(
     reason: Annotated[
         str, typer.Option(help="Why; recorded with the run, and required for a non-inferior promotion.")
     ] = "",
+    candidates: Annotated[str, typer.Option(help="Names of the candidates, separated by commas; all if empty.")] = "",
+    budget: Annotated[float | None, typer.Option(min=1, help="Seconds for training all candidates.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Only say whether there is anything to train on.")] = False,
 ) -> None:
     """Train the candidates on a snapshot and pick the best on the validation split."""
     from lawnwatch import train
 
     settings, catalog, store = opened()
+    wanted = [name.strip() for name in candidates.split(",") if name.strip()]
+    given = {
+        "candidates": wanted or settings.train.candidates,
+        "budget_seconds": budget or settings.train.budget_seconds,
+    }
+    settings = settings.model_copy(update={"train": settings.train.model_copy(update=given)})
     if check:
         emit(train.check(settings, catalog, store, snapshot_id=snapshot or None, force=force, reason=reason))
     emit(
@@ -469,6 +477,44 @@ def model_show(version: Annotated[str, typer.Argument(help="Version number or al
     emit(registry.show(settings, catalog, version))
 
 
+@model_app.command("compare", epilog="Example: lawnwatch model compare previous champion")
+def model_compare(
+    one: Annotated[str, typer.Argument(help="Version number or alias.")],
+    other: Annotated[str, typer.Argument(help="Version number or alias, compared with the first.")],
+) -> None:
+    """Two versions side by side: figures, training data, and the paired gain on common test images."""
+    from lawnwatch import versions
+
+    emit(versions.compare(*opened(), one, other))
+
+
+@model_app.command("lineage", epilog="Example: lawnwatch model lineage champion")
+def model_lineage(
+    version: Annotated[str, typer.Argument(help="Version number or alias.")] = "champion",
+    image: Annotated[
+        str, typer.Option(help="Instead: an image's URL or SHA-256; which snapshots and versions it is in.")
+    ] = "",
+    limit: Annotated[int, typer.Option(min=0, help="Most images of the snapshot that are listed.")] = 20,
+) -> None:
+    """Where a version comes from: run, snapshot, images; or, with --image, what was made of a picture."""
+    from lawnwatch import versions
+
+    if image:
+        emit(versions.lineage_of_image(*opened(), image))
+    emit(versions.lineage(*opened(), version, limit=limit))
+
+
+@model_app.command("register", epilog="Example: lawnwatch model register --run 3f2a…")
+def model_register(
+    run: Annotated[str, typer.Option(help="Id of the evaluated run; its verdict must say promote.")],
+) -> None:
+    """Register the run's model as a version with alias `challenger`, before it is approved."""
+    from lawnwatch import registry
+
+    settings, catalog, _ = opened()
+    emit(registry.register(settings, catalog, run))
+
+
 @model_app.command("promote", epilog="Example: lawnwatch model promote --run 3f2a…")
 def model_promote(
     run: Annotated[str, typer.Option(help="Id of the evaluated run; its verdict must say promote.")],
@@ -476,7 +522,14 @@ def model_promote(
     """Register the run's model as a version and make it champion, if its verdict still holds."""
     from lawnwatch import registry
 
-    settings, catalog, _ = opened()
+    settings, catalog, store = opened()
+    try:
+        emit(registry.promote(settings, catalog, run))
+    except Conflict as lost:
+        progress(f"{lost.message} Judging the run again, against the new champion.")
+    from lawnwatch import evaluate
+
+    evaluate.run(settings, catalog, store, run, progress=progress)
     emit(registry.promote(settings, catalog, run))
 
 
@@ -487,6 +540,16 @@ def model_rollback() -> None:
 
     settings, catalog, _ = opened()
     emit(registry.rollback(settings, catalog))
+
+
+@app.command("reproduce", epilog="Example: lawnwatch reproduce champion")
+def reproduce_command(
+    version: Annotated[str, typer.Argument(help="Version number or alias.")],
+) -> None:
+    """Train a version again from its record (snapshot, seed, settings) and say what differs, in figures and bytes."""
+    from lawnwatch import versions
+
+    emit(versions.reproduce(*opened(), version, progress=progress))
 
 
 @app.command("release", epilog="Example: lawnwatch release --version 3")

@@ -108,17 +108,38 @@ class TrainSettings(BaseModel):
 
     seed: int = Field(17, description="Seed of every random choice in training.")
     budget_seconds: float = Field(120.0, gt=0, description="Time for training all candidates of a run, seconds.")
+    candidates: list[str] = Field([], description="Names of the candidates to train (JSON list); empty: all.")
     fine_tune_epochs: int = Field(8, ge=0, description="Most epochs of fine-tuning; 0 leaves that candidate out.")
     batch_size: int = Field(32, ge=1, description="Images in a training batch.")
 
 
 class GateSettings(BaseModel):
-    """What a challenger must show before it is promoted."""
+    """What a model must show before it is promoted."""
 
-    min_accuracy: float = Field(0.75, ge=0, le=1, description="First champion: lower 95 % bound of test accuracy.")
     min_test_images: int = Field(30, ge=1, description="Fewest test images on which anything is decided.")
-    alpha: float = Field(0.05, gt=0, lt=1, description="Level of the tests: exact McNemar and the paired bootstrap.")
-    margin: float = Field(0.05, gt=0, lt=1, description="Non-inferiority margin, in accuracy.")
+    min_accuracy: float = Field(0.75, ge=0, le=1, description="Floor: lower 95 % bound of test accuracy.")
+    min_class_recall: float = Field(0.5, ge=0, le=1, description="Floor: recall of each class.")
+    min_robust_accuracy: float = Field(
+        0.6, ge=0, le=1, description="Floor: accuracy on altered test images (JPEG, blur, dark, tilt, crop), each kind."
+    )
+    max_ece: float = Field(0.15, gt=0, le=1, description="Limit: expected calibration error.")
+    max_latency_ms: float = Field(250.0, gt=0, description="Limit: median time of one inference, milliseconds.")
+    max_model_bytes: int = Field(50_000_000, ge=1, description="Limit: size of the model file, bytes.")
+    alpha: float = Field(
+        0.05, gt=0, lt=1, description="Rate at which a challenger may pass for better, or for not worse, by luck."
+    )
+    margin: float = Field(0.05, gt=0, lt=1, description="Non-inferiority margin against the champion, in accuracy.")
+    class_margin: float = Field(0.15, gt=0, lt=1, description="Non-inferiority margin of each class, in recall.")
+    log_loss_margin: float = Field(
+        0.1, gt=0, description="How much the log loss may be above the champion's: its calibration, paired."
+    )
+    robust_margin: float = Field(
+        0.1, gt=0, lt=1, description="How much the accuracy on altered test images may be below the champion's."
+    )
+    max_latency_ratio: float = Field(1.5, gt=0, description="Limit: inference time in multiples of the champion's.")
+    cheaper: float = Field(
+        0.8, gt=0, lt=1, description="A model of at most this share of the champion's time or size counts as cheaper."
+    )
 
 
 class ServingSettings(BaseModel):

@@ -1,330 +1,61 @@
 """Is the run good enough, and better than the champion? Measured on the graph that will be served.
 
 Pictures go through `images.decode` and the LiteRT graph, the road of serving. The temperature and the threshold of
-"unknown" are fitted on the validation split; the test split only measures. Every figure has a 95 % interval: Wilson's
-for shares (Wilson 1927), the percentile bootstrap for the rest.
-
-The verdict on a first model is by absolute floors. A challenger is compared with the champion on the same pictures:
-exact McNemar test (McNemar 1947) for superiority, paired bootstrap for non-inferiority. It is promoted when it is
-shown to be better, or when it is shown to be not worse by more than the margin and there is a recorded reason to
-change; with a hundred test pictures a good champion can hardly be beaten significantly.
+"unknown" are training's, from pictures that the head had not seen; the test split only measures. What is measured goes
+to `gate.decide`; the verdict, every figure and a report for people are kept with the run, in MLflow, in the database
+and in the store.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
+import statistics
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import cv2
 import numpy as np
+import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from lawnwatch import bundle, dataset, images, registry
-from lawnwatch.catalog import Catalog
+from lawnwatch import bundle, dataset, evaluation_report, gate, images, measure, registry, train
+from lawnwatch.catalog import Catalog, ImageRecord
 from lawnwatch.config import GateSettings, Settings
-from lawnwatch.errors import DataError, IntegrityError
+from lawnwatch.errors import DataError, IntegrityError, NotFound, Unavailable
+from lawnwatch.gate import Decision, Evidence
 from lawnwatch.registry import Verdict
 from lawnwatch.sketch import Sketch
 from lawnwatch.store import ObjectStore
-from lawnwatch.train import fit_temperature, log_loss
 
-METHOD = "1"  # changes whenever the same run would be measured or judged differently
-REFERENCE_IMAGES = 1000  # training pictures in the reference sketch and in the bank of "unknown"
-UNKNOWN_NEIGHBOUR = 5
-UNKNOWN_ACCEPT_RATE = 0.99
-RESAMPLES = 2000
-ECE_BINS = 10
+METHOD = "2"  # changes whenever the same run would be measured or judged differently
+REFERENCE_IMAGES = 1000  # training pictures in the reference sketch
+ALTERED_IMAGES = 400  # test pictures that are asked again in each alteration
+TIMED_IMAGES = 20
+TURNS = 4
+HOSTS = 6  # largest source hosts that are slices of their own
+SHOWN = 8  # pictures in each row of the report
 
 Progress = Callable[[str], None]
 Bools = NDArray[np.bool_]
-
-
-# --- statistics ---------------------------------------------------------------------------------------------
-
-
-def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share; (0, 1) when there is nothing to count."""
-    if n == 0:
-        return 0.0, 1.0
-    z = _quantile(0.5 + confidence / 2)
-    share = successes / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def mcnemar(wins: int, losses: int) -> float:
-    """Exact two-sided p of McNemar's test: how surprising this split is if neither model is better."""
-    from scipy.stats import binomtest  # type: ignore[import-untyped]
-
-    return 1.0 if wins + losses == 0 else float(binomtest(wins, wins + losses, 0.5).pvalue)
-
-
-@dataclass(frozen=True)
-class PairedGain:
-    """Challenger's accuracy minus the champion's, on the same pictures.
-
-    Attributes:
-        low, high: one-sided bounds at level alpha each.
-        wins: pictures that only the challenger had right.
-        losses: pictures that only the champion had right.
-        p: of the exact McNemar test.
-    """
-
-    images: int
-    gain: float
-    low: float
-    high: float
-    wins: int
-    losses: int
-    p: float
-
-
-def paired_gain(challenger: Bools, champion: Bools, *, alpha: float, seed: int = 0) -> PairedGain:
-    """Compare two models by which of the same n pictures each had right.
-
-    The bootstrap believes too much when hardly any picture separates the two: with none it would give a bound of
-    exactly zero. So neither bound is better than what n pictures without a single loss can show, 1 - alpha^(1/n).
-    """
-    difference = challenger.astype(np.int64) - champion.astype(np.int64)
-    n = len(difference)
-    wins, losses = int((difference == 1).sum()), int((difference == -1).sum())
-    draws = np.random.default_rng(seed).multinomial(n, [wins / n, losses / n, 1 - (wins + losses) / n], RESAMPLES)
-    gains = (draws[:, 0] - draws[:, 1]) / n
-    least = 1 - alpha ** (1 / n)
-    return PairedGain(
-        images=n,
-        gain=float(difference.mean()),
-        low=float(min(np.quantile(gains, alpha), -least)),
-        high=float(max(np.quantile(gains, 1 - alpha), least)),
-        wins=wins,
-        losses=losses,
-        p=mcnemar(wins, losses),
-    )
-
-
-def expected_calibration_error(probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
-    """Mean gap between confidence and accuracy over ten equal bins, weighted by count (Guo et al. 2017)."""
-    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
-    bins = np.minimum((confidence * ECE_BINS).astype(int), ECE_BINS - 1)
-    gaps = np.bincount(bins, weights=right.astype(float) - confidence, minlength=ECE_BINS)
-    return float(np.abs(gaps).sum() / len(labels))
-
-
-def confusion(predicted: NDArray[np.int64], labels: NDArray[np.int64], n_classes: int) -> NDArray[np.int64]:
-    """(n_classes, n_classes) counts; rows are the truth."""
-    cells = np.bincount(labels * n_classes + predicted, minlength=n_classes * n_classes)
-    return cells.reshape(n_classes, n_classes).astype(np.int64)
-
-
-def figures(probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> dict[str, float]:
-    """Accuracy, balanced accuracy, macro-F1, log loss, Brier score and ECE of (n, k) probabilities."""
-    matrix = confusion(probabilities.argmax(axis=1), labels, probabilities.shape[1])
-    right, truth, predicted = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
-    seen = truth > 0
-    recall = right[seen] / truth[seen]
-    f1 = 2 * right[seen] / (truth[seen] + predicted[seen])
-    targets = np.eye(probabilities.shape[1])[labels]
-    return {
-        "accuracy": float(right.sum() / len(labels)),
-        "balanced_accuracy": float(recall.mean()),
-        "macro_f1": float(f1.mean()),
-        "log_loss": log_loss(probabilities, labels),
-        "brier": float(((probabilities - targets) ** 2).sum(axis=1).mean()),
-        "ece": expected_calibration_error(probabilities, labels),
-    }
-
-
-def measure(probabilities: NDArray[np.float64], labels: NDArray[np.int64], classes: Sequence[str]) -> dict[str, Any]:
-    """All figures with 95 % intervals, per class too, and the confusion matrix.
-
-    Args:
-        probabilities: (n, k), calibrated.
-        labels: (n,), indices into classes.
-    """
-    n = len(labels)
-    rng = np.random.default_rng(0)
-    resamples = [figures(probabilities[i], labels[i]) for i in rng.integers(0, n, size=(RESAMPLES // 4, n))]
-    metrics = {}
-    for name, value in figures(probabilities, labels).items():
-        low, high = np.quantile([one[name] for one in resamples], [0.025, 0.975])
-        if name == "accuracy":
-            low, high = wilson(round(value * n), n)
-        metrics[name] = {"value": value, "low": float(low), "high": float(high)}
-    matrix = confusion(probabilities.argmax(axis=1), labels, len(classes))
-    per_class = {}
-    for i, label in enumerate(classes):
-        hit, predicted, support = int(matrix[i, i]), int(matrix[:, i].sum()), int(matrix[i].sum())
-        per_class[label] = {
-            "precision": _share(hit, predicted),
-            "recall": _share(hit, support),
-            "support": support,
-        }
-    return {
-        "split": "test",
-        "images": n,
-        "metrics": metrics,
-        "per_class": per_class,
-        "confusion": {"labels": list(classes), "matrix": matrix.tolist()},
-    }
-
-
-def _share(hit: int, n: int) -> dict[str, float | None]:
-    low, high = wilson(hit, n)
-    return {"value": hit / n if n else None, "low": low, "high": high}
-
-
-def _quantile(p: float) -> float:
-    from statistics import NormalDist
-
-    return NormalDist().inv_cdf(p)
-
-
-# --- the verdict: pure functions of counts ------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Decision:
-    """`promote`, `reject` or `inconclusive`, why, and the numbers it rests on."""
-
-    decision: str
-    reason: str
-    more_images: int | None = None
-
-
-def judge_floors(right: int, n: int, gate: GateSettings) -> Decision:
-    """The absolute floors, which every model must pass."""
-    low, high = wilson(right, n)
-    measured = (
-        f"Test accuracy is {right / n:.1%} (95 % interval {low:.1%} to {high:.1%}) on {n} images"
-        if n
-        else "There are no test images"
-    )
-    if n < gate.min_test_images:
-        more = gate.min_test_images - n
-        return Decision(
-            "inconclusive",
-            f"{measured}; nothing is decided on fewer than {gate.min_test_images}: collect about {more} more labelled "
-            "test images to tell.",
-            more,
-        )
-    if low >= gate.min_accuracy:
-        return Decision("promote", f"{measured}; at least {gate.min_accuracy:.0%} was asked of the lower bound.")
-    if right / n <= gate.min_accuracy:
-        return Decision("reject", f"{measured}; the lower bound must reach {gate.min_accuracy:.0%}.")
-    needed = n
-    while wilson(round(right / n * needed), needed)[0] < gate.min_accuracy and needed < 100 * n:
-        needed += max(1, n // 20)
-    return Decision(
-        "inconclusive",
-        f"{measured}; the lower bound must reach {gate.min_accuracy:.0%}: collect about {needed - n} more labelled "
-        "test images to tell.",
-        needed - n,
-    )
-
-
-def judge_challenger(pair: PairedGain, gate: GateSettings, why: str) -> Decision:
-    """Challenger against champion.
-
-    Args:
-        pair: the comparison on the same pictures.
-        gate: alpha and margin.
-        why: the recorded reason to change the model when it is merely not worse; empty: there is none.
-    """
-    measured = (
-        f"On {pair.images} test images the challenger is {pair.gain:+.1%} against the champion "
-        f"({pair.wins} images won, {pair.losses} lost; 90 % interval {pair.low:+.1%} to {pair.high:+.1%}; "
-        f"McNemar p = {pair.p:.3f})"
-    )
-    if pair.p < gate.alpha and pair.gain > 0:
-        return Decision("promote", f"{measured}: it is better.")
-    if pair.high < 0 or (pair.p < gate.alpha and pair.gain < 0):
-        return Decision("reject", f"{measured}: it is worse.")
-    if pair.low > -gate.margin:
-        if why:
-            return Decision(
-                "promote",
-                f"{measured}: it is not worse by more than {gate.margin:.0%}, and there is a reason to change: {why}.",
-            )
-        return Decision(
-            "inconclusive",
-            f"{measured}: it is not worse by more than {gate.margin:.0%}, but not shown to be better, and no reason to "
-            "change was given (`--reason`).",
-        )
-    more = images_to_tell(pair, gate)
-    return Decision(
-        "inconclusive",
-        f"{measured}: it may still be worse by more than {gate.margin:.0%}; collect about {more} more labelled test "
-        "images to tell.",
-        more,
-    )
-
-
-def images_to_tell(pair: PairedGain, gate: GateSettings) -> int:
-    """How many more test images would decide with 80 % power, if the rates seen so far are the true ones."""
-    z = _quantile(1 - gate.alpha) + _quantile(0.8)
-    separating = (pair.wins + pair.losses + 1) / (pair.images + 2)
-    distance = max(abs(pair.gain + gate.margin), 0.01) if pair.gain > -gate.margin else max(-pair.gain, 0.01)
-    needed = z * z * separating / distance**2
-    smallest = math.log(gate.alpha) / math.log(1 - gate.margin)  # images with which no loss at all is enough
-    return max(1, math.ceil(max(needed, smallest)) - pair.images)
+Rgb = NDArray[np.uint8]
 
 
 class UnusableModel(IntegrityError):
     """The graph cannot be loaded, returns no finite numbers, or says the same of every picture."""
 
 
-# --- measuring ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a graph said of some pictures.
-
-    Attributes:
-        logits: (n, k). embeddings: (n, d). brightness, sharpness: (n,).
-        outputs: as the graph returned them, for the score of "unknown".
-    """
-
-    logits: NDArray[np.float32]
-    embeddings: NDArray[np.float32]
-    brightness: NDArray[np.float64]
-    sharpness: NDArray[np.float64]
-    outputs: list[bundle.Outputs]
-
-
-def ask(settings: Settings, store: ObjectStore, graph: bundle.Graph, rows: Sequence[dataset.Row]) -> Answers:
-    """Run pictures through the road of serving.
-
-    Raises:
-        UnusableModel: the graph returned something that is not finite.
-        IntegrityError: a picture's bytes are not what the snapshot says.
-    """
-    outputs, brightness, sharpness = [], [], []
-    cache = dataset.ObjectCache.of(settings)
-    for row in rows:
-        data = cache.read(store, row.object_key, row.sha256)
-        picture = images.decode(data, size=graph.size, max_pixels=settings.images.max_pixels)
-        try:
-            outputs.append(graph(picture))
-        except IntegrityError as error:
-            raise UnusableModel(error.message) from error
-        brightness.append(images.brightness(picture))
-        sharpness.append(images.sharpness(picture))
-    return Answers(
-        logits=np.stack([one.logits for one in outputs]),
-        embeddings=np.stack([one.embedding for one in outputs]),
-        brightness=np.array(brightness),
-        sharpness=np.array(sharpness),
-        outputs=[bundle.Outputs(one.logits, one.embedding, None) for one in outputs],
-    )
+# --- the step -----------------------------------------------------------------------------------------------
 
 
 def run(settings: Settings, catalog: Catalog, store: ObjectStore, run_id: str, *, progress: Progress) -> Verdict:
@@ -347,7 +78,6 @@ def run(settings: Settings, catalog: Catalog, store: ObjectStore, run_id: str, *
     home = registry.artifacts(settings, run_id, "model")
     facts = json.loads((home / "model.json").read_text())
     snapshot = dataset.load_snapshot(catalog, store, facts["snapshot"])
-    classes: list[str] = facts["classes"]
     rows = {split: snapshot.split(split) for split in ("train", "validation", "test")}
     if not rows["test"] or not rows["validation"]:
         raise DataError(
@@ -355,110 +85,345 @@ def run(settings: Settings, catalog: Catalog, store: ObjectStore, run_id: str, *
             "validation.",
             hint="Both splits need images: add some and create a snapshot.",
         )
-    with tempfile.TemporaryDirectory() as building:
+    with _disk(), tempfile.TemporaryDirectory() as building:
         folder = Path(building) / "evaluation"
         folder.mkdir()
-        comparison: dict[str, Any] | None = None
+        evaluation: dict[str, Any] = {}
+        pictures: list[evaluation_report.Row] = []
         try:
-            graph = _open(home, classes)
-            evaluation, right = _measure(settings, store, graph, classes, rows, folder, progress)
+            model = Model.open(home, facts)
+            evaluation, evidence, probabilities = _measure(settings, catalog, store, model, rows, folder, progress)
+            decision = _decide(settings, catalog, store, champion, model, evaluation, evidence, snapshot, progress)
+            pictures = _shown(settings, store, model, probabilities, rows["test"])
         except UnusableModel as error:
-            evaluation, verdict = {}, Decision("reject", f"The model cannot be used: {error.message}")
-        else:
-            verdict, comparison = _decide(settings, store, champion, facts, right, rows["test"], progress)
+            decision = Decision("reject", f"The model cannot be used: {error.message}")
+        for check in decision.checks:
+            progress(f"{check.status}: {check.sentence}")
+        url = f"{settings.api_url.rstrip('/')}/reports/evaluation/{run_id}"
         evaluation |= {
-            "verdict": {"decision": verdict.decision, "reason": verdict.reason},
-            "more_images": verdict.more_images,
-            "comparison": comparison,
+            "verdict": {"decision": decision.decision, "claim": decision.claim, "reason": decision.reason},
+            "checks": [asdict(check) for check in decision.checks],
+            "more_images": decision.more_images,
+            "comparison": decision.comparison,
             "champion_version": champion.version if champion else 0,
             "policy": settings.gate.model_dump(),
+            "report_url": url,
         }
+        page = evaluation_report.page(run_id=run_id, facts=facts, evaluation=evaluation, pictures=pictures)
+        (folder / evaluation_report.FILE).write_bytes(page)
         (folder / bundle.EVALUATION).write_text(json.dumps(evaluation, indent=1, allow_nan=False))
         registry.seal(folder)
-        _log(settings, run_id, evaluation, verdict, folder)
+        registry.log_evaluation(settings, run_id, evaluation, folder)
+        store.put(report_key(run_id), page, content_type="text/html; charset=utf-8")
     return registry.record_verdict(
         catalog,
         Verdict(
             run_id=run_id,
-            decision=verdict.decision,
-            reason=verdict.reason,
+            decision=decision.decision,
+            reason=decision.reason,
             champion_version=champion.version if champion else 0,
             snapshot=snapshot.id,
             fingerprint=facts["fingerprint"],
             policy=policy,
             created_at=datetime.now(UTC),
-            message=f"Verdict on run {run_id[:8]}: {verdict.decision}. {verdict.reason}",
             evaluation=evaluation,
         ),
     )
 
 
-def _open(home: Path, classes: Sequence[str]) -> bundle.Graph:
+@contextmanager
+def _disk() -> Iterator[None]:
+    """A full or read-only disk is said as such; nothing is recorded by then, so that a re-run begins anew."""
     try:
-        return bundle.Graph((home / bundle.MODEL).read_bytes(), classes=len(classes))
-    except IntegrityError as error:
-        raise UnusableModel(error.message) from error
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise Unavailable(
+            f"the evaluation cannot be written to {tempfile.gettempdir()}: {error.strerror}.",
+            hint="Free disk space, or set TMPDIR to a place that has some, and run the step again.",
+        ) from error
 
 
-def policy_of(gate: GateSettings) -> str:
+def policy_of(policy: GateSettings) -> str:
     """Hash of the policy and the method a verdict rests on."""
-    return hashlib.sha256(json.dumps([METHOD, gate.model_dump()], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([METHOD, policy.model_dump()], sort_keys=True).encode()).hexdigest()
+
+
+def report_key(run_id: str) -> str:
+    """Where the store keeps the report on a run."""
+    return f"reports/evaluation/{run_id}.html"
+
+
+# --- one model ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """A run's graph and what the run says of it (`model.json`)."""
+
+    home: Path
+    data: bytes
+    facts: dict[str, Any]
+    graph: bundle.Graph
+
+    @classmethod
+    def open(cls, home: Path, facts: dict[str, Any]) -> Model:
+        """Raises UnusableModel when the file is no graph under the contract."""
+        data = (home / bundle.MODEL).read_bytes()
+        return cls(home, data, facts, cls._graph(data, facts))
+
+    @staticmethod
+    def _graph(data: bytes, facts: dict[str, Any]) -> bundle.Graph:
+        try:
+            return bundle.Graph(data, classes=len(facts["classes"]))
+        except IntegrityError as error:
+            raise UnusableModel(error.message) from error
+
+    def another(self) -> bundle.Graph:
+        """The same graph for another thread."""
+        return self._graph(self.data, self.facts)
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names in the order of the logits."""
+        return list(self.facts["classes"])
+
+    def right(self, scores: NDArray[Any], rows: Sequence[dataset.Row]) -> Bools:
+        """(n,) which pictures it names as they are labelled; a class that it does not know is never right."""
+        said = [self.classes[i] for i in scores.argmax(axis=1)]
+        return np.array([label == row.label for label, row in zip(said, rows, strict=True)])
+
+
+# --- measuring ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a graph said of some pictures.
+
+    Attributes:
+        logits: (n, k). embeddings: (n, d). brightness, sharpness: (n,).
+        outputs: as the graph returned them, for the score of "unknown".
+    """
+
+    logits: NDArray[np.float32]
+    embeddings: NDArray[np.float32]
+    brightness: NDArray[np.float64]
+    sharpness: NDArray[np.float64]
+    outputs: list[bundle.Outputs]
+
+
+def ask(
+    settings: Settings,
+    store: ObjectStore,
+    graph: bundle.Graph,
+    rows: Sequence[dataset.Row],
+    alter: Callable[[Rgb], Rgb] | None = None,
+) -> Answers:
+    """Run pictures through the road of serving.
+
+    Args:
+        alter: done to each decoded (size, size, 3) picture first.
+
+    Raises:
+        UnusableModel: the graph returned something that is not finite.
+        IntegrityError: a picture's bytes are not what the snapshot says.
+    """
+    outputs, brightness, sharpness = [], [], []
+    cache = dataset.ObjectCache.of(settings)
+    for row in rows:
+        data = cache.read(store, row.object_key, row.sha256)
+        picture = images.decode(data, size=graph.size, max_pixels=settings.images.max_pixels)
+        if alter is not None:
+            picture = np.ascontiguousarray(alter(picture))
+        try:
+            outputs.append(graph(picture))
+        except IntegrityError as error:
+            raise UnusableModel(error.message) from error
+        brightness.append(images.brightness(picture))
+        sharpness.append(images.sharpness(picture))
+    return Answers(
+        logits=np.stack([one.logits for one in outputs]),
+        embeddings=np.stack([one.embedding for one in outputs]),
+        brightness=np.array(brightness),
+        sharpness=np.array(sharpness),
+        outputs=[bundle.Outputs(one.logits, one.embedding, None) for one in outputs],
+    )
 
 
 def _measure(
     settings: Settings,
+    catalog: Catalog,
     store: ObjectStore,
-    graph: bundle.Graph,
-    classes: list[str],
+    model: Model,
     rows: dict[str, list[dataset.Row]],
     folder: Path,
     progress: Progress,
-) -> tuple[dict[str, Any], Bools]:
-    """Calibrate on validation, measure on test, keep what the bundle needs; also which test images were right."""
+) -> tuple[dict[str, Any], Evidence, NDArray[np.float64]]:
+    """Measure on test, with training's calibration; keep in `folder` what the bundle needs.
+
+    Returns:
+        The evaluation, what the gate reads, and the calibrated (n, k) probabilities on the test split.
+
+    Raises:
+        UnusableModel: it answers the same whatever the picture shows, or nothing finite.
+    """
+    classes, graph = model.classes, model.graph
     index = {label: i for i, label in enumerate(classes)}
     labels = {split: np.array([index[row.label] for row in rows[split]], np.int64) for split in rows}
     validation = ask(settings, store, graph, rows["validation"])
-    temperature = fit_temperature(validation.logits, labels["validation"])
+    fitted = train.load_calibration(model.home)
+    temperature = fitted.temperature
 
     reference_rows = sorted(rows["train"], key=lambda row: str(row.sha256))[:REFERENCE_IMAGES]
     progress(f"Measuring {len(rows['test'])} test images; reference of {len(reference_rows)} training images.")
     reference = ask(settings, store, graph, reference_rows)
     sketch = Sketch.of(reference.embeddings, reference.brightness, reference.sharpness)
     (folder / bundle.SKETCH).write_bytes(sketch.to_bytes())
-    bank = reference.embeddings / np.maximum(np.linalg.norm(reference.embeddings, axis=1, keepdims=True), 1e-12)
-    bank = bank.astype(np.float16)  # half the file; the score moves by less than 0.001
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, bank=bank)
-    (folder / bundle.UNKNOWN).write_bytes(buffer.getvalue())
-    unknown = _unknown(bank.astype(np.float32), validation, temperature)
+    (folder / bundle.UNKNOWN).write_bytes(fitted.statistics)
 
     test = ask(settings, store, graph, rows["test"])
     probabilities = bundle.probabilities(test.logits, temperature)
-    evaluation = measure(probabilities, labels["test"], classes)
+    evaluation = measure.measure(probabilities, labels["test"], classes)
     accuracy = evaluation["metrics"]["accuracy"]
     progress(f"Test accuracy {accuracy['value']:.1%} (95 % interval {accuracy['low']:.1%} to {accuracy['high']:.1%}).")
     if float(probabilities.std(axis=0).max()) < 1e-6 or len(set(probabilities.argmax(axis=1))) == 1:
         said = classes[int(probabilities[0].argmax())]
         raise UnusableModel(f"it answers {said!r} whatever the picture shows.")
-    evaluation |= {"temperature": temperature, "unknown": unknown.model_dump()}
+    right = probabilities.argmax(axis=1) == labels["test"]
+    robust = _altered(settings, store, model, rows["test"][:ALTERED_IMAGES])
+    (took,) = _latency(settings, store, [graph], rows["test"][:TIMED_IMAGES])
     answers = {
         "validation": _listed(rows["validation"], bundle.probabilities(validation.logits, temperature), classes),
         "test": _listed(rows["test"], probabilities, classes),
     }
     (folder / "predictions.json").write_text(json.dumps(answers))
-    _plots(evaluation, probabilities, labels["test"], folder)
-    return evaluation, probabilities.argmax(axis=1) == labels["test"]
+    evaluation |= {
+        "temperature": temperature,
+        "unknown": fitted.unknown.model_dump(),
+        "unknown_comparison": fitted.comparison,
+        "slices": measure.slices(right, _divisions(catalog, rows["test"], test)),
+        "robustness": {
+            "images": len(rows["test"][:ALTERED_IMAGES]),
+            "unaltered": measure.share(int(right[:ALTERED_IMAGES].sum()), len(right[:ALTERED_IMAGES])),
+            "altered": {kind: measure.share(int(hits.sum()), len(hits)) for kind, hits in robust.items()},
+        },
+        "latency_ms": took,
+        "model_bytes": len(model.data),
+    }
+    evidence = Evidence(
+        labels=[row.label for row in rows["test"]],
+        right=right,
+        losses=_losses(probabilities, labels["test"]),
+        ece=evaluation["metrics"]["ece"],
+        robust=robust,
+        latency_ms=took,
+        model_bytes=len(model.data),
+    )
+    return evaluation, evidence, probabilities
 
 
-def _unknown(bank: NDArray[np.float32], validation: Answers, temperature: float) -> bundle.Unknown:
-    """A threshold on the distance to the k-th training embedding that lets the stated share of validation pass."""
-    k = min(UNKNOWN_NEIGHBOUR, len(bank))
-    spec = bundle.Unknown(method="knn", threshold=0.0, accept_rate=UNKNOWN_ACCEPT_RATE, k=k)
-    detector = bundle.UnknownDetector(spec, temperature, bank)
-    scores = [detector.score(outputs) for outputs in validation.outputs]
-    # The next number above, because the threshold itself already means unknown.
-    threshold = float(np.nextafter(np.quantile(scores, UNKNOWN_ACCEPT_RATE, method="higher"), np.inf))
-    return spec.model_copy(update={"threshold": threshold})
+def _losses(probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    return -np.log(np.clip(probabilities[np.arange(len(labels)), labels], 1e-12, 1))
+
+
+def _jpeg(picture: Rgb) -> Rgb:
+    # Channels go in and come out in the same order, whatever OpenCV calls them.
+    coded = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 30])[1]
+    return np.asarray(cv2.imdecode(coded, cv2.IMREAD_COLOR), np.uint8)
+
+
+def _tilted(picture: Rgb) -> Rgb:
+    size = len(picture)
+    turn = cv2.getRotationMatrix2D((size / 2, size / 2), 15, 1.0)
+    return np.asarray(cv2.warpAffine(picture, turn, (size, size), borderMode=cv2.BORDER_REFLECT), np.uint8)
+
+
+def _cropped(picture: Rgb) -> Rgb:
+    size = len(picture)
+    edge = round(size * 0.1)
+    return np.asarray(
+        cv2.resize(picture[edge:-edge, edge:-edge], (size, size), interpolation=cv2.INTER_LINEAR), np.uint8
+    )
+
+
+# What happens to pictures on their way from a phone, done to the picture as the network sees it.
+ALTERATIONS: dict[str, Callable[[Rgb], Rgb]] = {
+    "JPEG 30": _jpeg,
+    "blurred": lambda picture: np.asarray(cv2.GaussianBlur(picture, (0, 0), 2.0), np.uint8),
+    "dark": lambda picture: (picture * 0.4).astype(np.uint8),
+    "tilted 15°": _tilted,
+    "cropped": _cropped,
+}
+
+
+def _altered(settings: Settings, store: ObjectStore, model: Model, rows: Sequence[dataset.Row]) -> dict[str, Bools]:
+    """Alteration → (m,) which of the pictures are right when altered so."""
+
+    def hits(kind: str) -> Bools:
+        return model.right(ask(settings, store, model.another(), rows, ALTERATIONS[kind]).logits, rows)
+
+    with ThreadPoolExecutor(2) as pool:  # an inference holds one core and not the interpreter's lock
+        return dict(zip(ALTERATIONS, pool.map(hits, ALTERATIONS), strict=True))
+
+
+def _latency(
+    settings: Settings, store: ObjectStore, graphs: Sequence[bundle.Graph], rows: Sequence[dataset.Row]
+) -> list[float]:
+    """Milliseconds of one inference of each graph: of each picture the quickest of some turns, of these the median.
+
+    The graphs take turns, so that a busy machine slows all alike; what disturbs one turn does not count.
+    """
+    times: list[list[float]] = [[] for _ in graphs]
+    for row in rows:
+        pictures = [next(_decoded(settings, store, [row], graph.size)) for graph in graphs]
+        quickest = [math.inf] * len(graphs)
+        for _ in range(TURNS):
+            for i, graph in enumerate(graphs):
+                begun = time.perf_counter()
+                graph(pictures[i])
+                quickest[i] = min(quickest[i], 1000 * (time.perf_counter() - begun))
+        for took, one in zip(times, quickest, strict=True):
+            took.append(one)
+    return [statistics.median(took) for took in times]
+
+
+def _decoded(settings: Settings, store: ObjectStore, rows: Sequence[dataset.Row], size: int | None) -> Iterator[Rgb]:
+    cache = dataset.ObjectCache.of(settings)
+    for row in rows:
+        data = cache.read(store, row.object_key, row.sha256)
+        yield images.decode(data, size=size, max_pixels=settings.images.max_pixels)
+
+
+def _divisions(catalog: Catalog, rows: Sequence[dataset.Row], answers: Answers) -> dict[str, list[str]]:
+    """The parts of the test images that are looked at on their own."""
+    hosts = [urlsplit(row.url).hostname or "unknown" for row in rows]
+    large = {host for host, _ in Counter(hosts).most_common(HOSTS)}
+    side = np.array([float(min(row.width, row.height)) for row in rows])
+    return {
+        "shorter side": measure.thirds(side, ("smallest third", "middle third", "largest third"), "{:.0f} px"),
+        "brightness": measure.thirds(
+            answers.brightness, ("darkest third", "middle third", "brightest third"), "{:.2f}"
+        ),
+        "sharpness": measure.thirds(
+            answers.sharpness, ("most blurred third", "middle third", "sharpest third"), "{:.0f}"
+        ),
+        "source host": [host if host in large else "other hosts" for host in hosts],
+        "label source": _label_sources(catalog, rows),
+    }
+
+
+def _label_sources(catalog: Catalog, rows: Sequence[dataset.Row]) -> list[str]:
+    found: dict[str, str] = {}
+    shas = [row.sha256 for row in rows]
+    with catalog.session() as session:
+        for start in range(0, len(shas), 500):
+            query = sa.select(ImageRecord.sha256, ImageRecord.label_source).where(
+                ImageRecord.sha256.in_(shas[start : start + 500])
+            )
+            found |= {str(sha): source for sha, source in session.execute(query.order_by(ImageRecord.id.desc()))}
+    return [found.get(sha, "no longer in the catalog") for sha in shas]
 
 
 def _listed(
@@ -476,89 +441,120 @@ def _listed(
     ]
 
 
+# --- against the champion -----------------------------------------------------------------------------------
+
+
 def _decide(
     settings: Settings,
+    catalog: Catalog,
     store: ObjectStore,
     champion: registry.Champion | None,
-    facts: dict[str, Any],
-    right: Bools,
-    test: list[dataset.Row],
+    model: Model,
+    evaluation: dict[str, Any],
+    evidence: Evidence,
+    snapshot: dataset.Snapshot,
     progress: Progress,
-) -> tuple[Decision, dict[str, Any] | None]:
-    """Floors first, then the comparison with the champion on the same pictures."""
-    floors = judge_floors(int(right.sum()), len(right), settings.gate)
-    if champion is None or floors.decision != "promote":
-        return floors, None
+) -> Decision:
+    """The floors; where there is a champion, the same pictures put to it and the recorded reasons to change it."""
+    if champion is None:
+        return gate.decide(settings.gate, evidence)
     theirs = registry.artifacts(settings, champion.run_id, "model")
-    other = json.loads((theirs / "model.json").read_text())
-    if facts["samples"] and not other["samples"]:
-        return Decision(
-            "reject", "It was trained on drawn sample pictures; the champion was trained on photographs."
-        ), None
-    progress(f"Asking champion v{champion.version} the same {len(right)} images.")
-    answers = ask(settings, store, _open(theirs, other["classes"]), test)
-    said = [other["classes"][i] for i in answers.logits.argmax(axis=1)]
-    champion_right = np.array([label == row.label for label, row in zip(said, test, strict=True)])
-    pair = paired_gain(right, champion_right, alpha=settings.gate.alpha)
-    why = facts.get("reason", "")
-    if not why and facts["snapshot"] != champion.snapshot:
-        why = f"new data, snapshot {facts['snapshot'][:8]} in place of {champion.snapshot[:8]}"
-    comparison = {
-        "champion_version": champion.version,
-        "images": pair.images,
-        "gain": pair.gain,
-        "low": pair.low,
-        "high": pair.high,
-        "wins": pair.wins,
-        "losses": pair.losses,
-        "mcnemar_p": pair.p,
-        "recorded_reason": why,
+    other = Model.open(theirs, json.loads((theirs / "model.json").read_text()))
+    if model.facts["samples"] and not other.facts["samples"]:
+        return Decision("reject", "It was trained on drawn sample pictures; the champion was trained on photographs.")
+    rows = snapshot.split("test")
+    progress(f"Asking champion v{champion.version} the same {len(rows)} images.")
+    answers = ask(settings, store, other.graph, rows)
+    losses = None
+    if other.classes == model.classes:
+        judged = registry.artifacts(settings, champion.run_id, "evaluation")
+        temperature = json.loads((judged / bundle.EVALUATION).read_text())["temperature"]
+        index = np.array([other.classes.index(row.label) for row in rows])
+        losses = _losses(bundle.probabilities(answers.logits, temperature), index)
+    took, their_time = _latency(settings, store, [model.graph, other.graph], rows[:TIMED_IMAGES])
+    evidence = replace(evidence, latency_ms=took)
+    evaluation["latency_ms"] = took
+    against = Evidence(
+        labels=evidence.labels,
+        right=other.right(answers.logits, rows),
+        losses=losses,
+        robust=_altered(settings, store, other, rows[:ALTERED_IMAGES]),
+        latency_ms=their_time,
+        model_bytes=len(other.data),
+    )
+    evaluation["champion_robustness"] = {kind: float(hits.mean()) for kind, hits in against.robust.items()}
+    reasons = [
+        *_changed_data(catalog, store, champion, snapshot),
+        *_changed_model(settings.gate, model, other, evidence, against),
+        *([model.facts["reason"]] if model.facts.get("reason") else []),
+    ]
+    return gate.decide(settings.gate, evidence, against, reasons)
+
+
+def _changed_data(
+    catalog: Catalog, store: ObjectStore, champion: registry.Champion, snapshot: dataset.Snapshot
+) -> list[str]:
+    """What the champion was not trained on: new images, repaired labels, images that have gone."""
+    if snapshot.id == champion.snapshot:
+        return []
+    named = f"snapshot {snapshot.id[:8]} in place of {champion.snapshot[:8]}"
+    try:
+        before = dataset.load_snapshot(catalog, store, champion.snapshot)
+    except (NotFound, IntegrityError):
+        return [f"new data, {named}"]  # the old one is lost; that they differ is known from the names
+    now, then = ({row.sha256: row.label for row in one.rows if row.split != "test"} for one in (snapshot, before))
+    counts = {
+        "new images": len(now.keys() - then.keys()),
+        "repaired labels": sum(then.get(sha256, label) != label for sha256, label in now.items()),
+        "images withdrawn": len(then.keys() - now.keys()),
     }
-    return judge_challenger(pair, settings.gate, why), comparison
+    said = [f"{count} {what}" for what, count in counts.items() if count]
+    return [f"new data: {', '.join(said)}, {named}"] if said else []
 
 
-# --- the record ---------------------------------------------------------------------------------------------
+def _changed_model(
+    policy: GateSettings, model: Model, other: Model, evidence: Evidence, against: Evidence
+) -> list[str]:
+    """Reasons that lie in the two models: the champion cannot be served any more, or the new one is cheaper."""
+    reasons = []
+    if other.facts["preprocessing"] != images.PREPROCESSING:
+        reasons.append("the champion was made for another preprocessing and cannot be released any more")
+    if evidence.latency_ms and against.latency_ms and evidence.latency_ms <= policy.cheaper * against.latency_ms:
+        reasons.append(f"cheaper: {evidence.latency_ms:.1f} ms an inference in place of {against.latency_ms:.1f}")
+    if len(model.data) <= policy.cheaper * len(other.data):
+        reasons.append(f"smaller: {len(model.data) / 1e6:.1f} MB in place of {len(other.data) / 1e6:.1f}")
+    return reasons
 
 
-def _log(settings: Settings, run_id: str, evaluation: dict[str, Any], verdict: Decision, folder: Path) -> None:
-    with registry.tracking(settings) as client:
-        for name, interval in evaluation.get("metrics", {}).items():
-            client.log_metric(run_id, f"test_{name}", interval["value"])
-            client.log_metric(run_id, f"test_{name}_low", interval["low"])
-            client.log_metric(run_id, f"test_{name}_high", interval["high"])
-        client.log_artifacts(run_id, str(folder), "evaluation")
-        client.set_tag(run_id, "lawnwatch.decision", verdict.decision)
-        client.set_tag(run_id, "lawnwatch.verdict", verdict.reason)
-    registry.forget_artifacts(settings, run_id, "evaluation")
+# --- pictures for the report --------------------------------------------------------------------------------
 
 
-def _plots(
-    evaluation: dict[str, Any], probabilities: NDArray[np.float64], labels: NDArray[np.int64], folder: Path
-) -> None:
-    """confusion.png and reliability.png."""
-    from matplotlib.figure import Figure
+def _shown(
+    settings: Settings,
+    store: ObjectStore,
+    model: Model,
+    probabilities: NDArray[np.float64],
+    rows: Sequence[dataset.Row],
+) -> list[evaluation_report.Row]:
+    """The surest mistakes and the least sure answers, with what the network looked at where the graph tells."""
+    right, sure = model.right(probabilities, rows), probabilities.max(axis=1)
+    mistakes = [int(i) for i in np.argsort(-sure, kind="stable") if not right[i]]
+    doubtful = [int(i) for i in np.argsort(sure, kind="stable") if int(i) not in mistakes[:SHOWN]]
 
-    names, matrix = evaluation["confusion"]["labels"], np.array(evaluation["confusion"]["matrix"])
-    figure = Figure(figsize=(4.5, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(matrix, cmap="Greens")
-    for (i, j), count in np.ndenumerate(matrix):
-        axes.text(j, i, str(count), ha="center", va="center", color="white" if count > matrix.max() / 2 else "black")
-    axes.set(xticks=range(len(names)), yticks=range(len(names)), xlabel="predicted", ylabel="truth", title="Test split")
-    axes.set_xticklabels(names)
-    axes.set_yticklabels(names)
-    figure.savefig(folder / "confusion.png")
+    def tile(i: int) -> evaluation_report.Tile:
+        (picture,) = _decoded(settings, store, [rows[i]], model.graph.size)
+        said = int(probabilities[i].argmax())
+        cam = model.graph(picture).cam
+        return evaluation_report.Tile(
+            picture=picture,
+            overlay=None if cam is None else evaluation_report.overlay(picture, cam[..., said]),
+            label=rows[i].label,
+            predicted=model.classes[said],
+            probability=float(sure[i]),
+            url=rows[i].url,
+        )
 
-    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
-    bins = np.minimum((confidence * ECE_BINS).astype(int), ECE_BINS - 1)
-    figure = Figure(figsize=(4.5, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
-    for b in sorted(set(bins.tolist())):
-        chosen = bins == b
-        low, high = wilson(int(right[chosen].sum()), int(chosen.sum()))
-        mean = float(right[chosen].mean())
-        error = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
-        axes.errorbar(confidence[chosen].mean(), mean, yerr=error, fmt="o", color="#395", capsize=3)
-    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", title="Reliability, test split")
-    figure.savefig(folder / "reliability.png")
+    return [
+        evaluation_report.Row("Surest mistakes", len(mistakes), [tile(i) for i in mistakes[:SHOWN]]),
+        evaluation_report.Row("Least sure answers", len(rows), [tile(i) for i in doubtful[:SHOWN]]),
+    ]

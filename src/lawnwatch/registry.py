@@ -16,9 +16,10 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -106,7 +107,9 @@ class Verdict:
         decision: `promote`, `reject` or `inconclusive`.
         reason: why, in words and numbers.
         champion_version: whom it was compared with; 0 when there was no champion.
+        policy: hash of every threshold and of the method.
         evaluation: the whole evaluation, as in evaluation.json.
+        claim, checks, thresholds, more_images, report_url: of the evaluation, what a reader of the verdict asks first.
     """
 
     run_id: str
@@ -117,8 +120,25 @@ class Verdict:
     fingerprint: str
     policy: str
     created_at: datetime
-    message: str
     evaluation: dict[str, Any] = field(repr=False)  # not printed by the CLI: it has its own file
+    claim: str = field(init=False)
+    checks: list[dict[str, Any]] = field(init=False)
+    thresholds: dict[str, Any] = field(init=False)
+    more_images: int | None = field(init=False)
+    report_url: str = field(init=False)
+    message: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        said = self.evaluation
+        for name, value in {
+            "claim": said.get("verdict", {}).get("claim", ""),
+            "checks": said.get("checks", []),
+            "thresholds": said.get("policy", {}),
+            "more_images": said.get("more_images"),
+            "report_url": said.get("report_url", ""),
+            "message": f"Verdict on run {self.run_id[:8]}: {self.decision}. {self.reason}",
+        }.items():
+            object.__setattr__(self, name, value)  # the dataclass is frozen
 
 
 @dataclass(frozen=True)
@@ -266,6 +286,12 @@ def artifacts(settings: Settings, run_id: str, folder: str) -> Path:
     return copy
 
 
+def run_params(settings: Settings, run_id: str) -> dict[str, str]:
+    """What a run was started with, as MLflow keeps it. Raises NotFound, Unavailable."""
+    with tracking(settings) as client:
+        return {str(name): str(value) for name, value in client.get_run(run_id).data.params.items()}
+
+
 def forget_artifacts(settings: Settings, run_id: str, folder: str) -> None:
     """Drop the local copy of an artifact folder that was written anew."""
     shutil.rmtree(settings.home / "cache" / "runs" / run_id / folder, ignore_errors=True)
@@ -293,6 +319,33 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def log_evaluation(settings: Settings, run_id: str, evaluation: dict[str, Any], folder: Path) -> None:
+    """Put an evaluation on its run's page: figures, verdict, and the sealed folder as `evaluation/`.
+
+    Raises:
+        Unavailable: MLflow does not answer or cannot write.
+    """
+    now = int(time.time() * 1000)
+    with tracking(settings) as client:
+        from mlflow.entities import Metric, RunTag
+
+        metrics = []
+        for name, one in evaluation.get("metrics", {}).items():
+            for suffix, part in (("", "value"), ("_low", "low"), ("_high", "high")):
+                metrics.append(Metric(f"test_{name}{suffix}", one[part], now, 0))
+        verdict = evaluation["verdict"]
+        # Whoever sees the decision finds what it rests on: the tags come last.
+        client.log_artifacts(run_id, str(folder), folder.name)
+        tags = [
+            RunTag("lawnwatch.decision", verdict["decision"]),
+            RunTag("lawnwatch.claim", verdict["claim"]),
+            RunTag("lawnwatch.verdict", verdict["reason"][:4000]),
+            RunTag("lawnwatch.report", evaluation["report_url"]),
+        ]
+        client.log_batch(run_id, metrics=metrics, tags=tags)
+    forget_artifacts(settings, run_id, folder.name)
+
+
 # --- verdicts -----------------------------------------------------------------------------------------------
 
 
@@ -300,9 +353,8 @@ def record_verdict(catalog: Catalog, verdict: Verdict) -> Verdict:
     """Store a verdict; the first one on the same question stays, and is returned."""
     try:
         with catalog.session() as session:
-            values = asdict(verdict)
-            values.pop("message")
-            session.execute(insert(VerdictRow).values(**values))
+            columns = {column.name for column in VerdictRow.__table__.columns} - {"id"}
+            session.execute(insert(VerdictRow).values({name: getattr(verdict, name) for name in columns}))
     except DuplicateKey:
         pass
     recorded = find_verdict(catalog, verdict.run_id, verdict.champion_version, verdict.policy)
@@ -331,7 +383,6 @@ def find_verdict(
             fingerprint=row.fingerprint,
             policy=row.policy,
             created_at=row.created_at,
-            message=f"Verdict on run {row.run_id[:8]}: {row.decision}. {row.reason}",
             evaluation=row.evaluation,
         )
 
@@ -359,9 +410,6 @@ def promote(settings: Settings, catalog: Catalog, run_id: str) -> Promotion:
         Conflict: the champion is no longer the one the verdict compared with.
         Unavailable: MLflow or the database does not answer; nothing was changed.
     """
-    verdict = find_verdict(catalog, run_id)
-    if verdict is None:
-        raise NotFound(f"run {run_id} has no verdict.", hint=f"Run `lawnwatch evaluate --run {run_id}` first.")
     now = champion(settings, catalog)
     if now is not None and now.run_id == run_id:
         with tracking(settings) as client:
@@ -369,11 +417,7 @@ def promote(settings: Settings, catalog: Catalog, run_id: str) -> Promotion:
         return Promotion(
             now.version, now.previous_version, run_id, False, f"Version {now.version} is champion already."
         )
-    if verdict.decision != "promote":
-        raise DataError(
-            f"run {run_id} is not promoted; its verdict is {verdict.decision}: {verdict.reason}",
-            hint="The champion stays as it is.",
-        )
+    verdict = _promotable(catalog, run_id)
     with _locked_champion(settings, catalog, verdict.champion_version) as session:
         with tracking(settings) as client:
             version = _register(settings, client, verdict)
@@ -418,7 +462,6 @@ def rollback(settings: Settings, catalog: Catalog) -> Promotion:
             fingerprint=first.fingerprint,
             policy="",
             created_at=datetime.now(UTC),
-            message="",
             evaluation={},
         )
         _crown(session, settings, "rollback", back, verdict)
@@ -484,13 +527,32 @@ def _crown(session: Session, settings: Settings, kind: str, version: int, verdic
     session.flush()
 
 
-def register(settings: Settings, catalog: Catalog, run_id: str) -> int:
-    """Register a run's model as a version with alias `challenger`; again returns the same version."""
+def register(settings: Settings, catalog: Catalog, run_id: str) -> VersionInfo:
+    """Register a run's model as a version with alias `challenger`; again returns the same version.
+
+    Raises:
+        NotFound: the run has no verdict. DataError: its verdict is not `promote`. Unavailable.
+    """
+    verdict = _promotable(catalog, run_id)
+    now = champion(settings, catalog)
+    if now is None or now.run_id != run_id:
+        with tracking(settings) as client:
+            version = _register(settings, client, verdict)
+    else:
+        version = now.version
+    return show(settings, catalog, version)
+
+
+def _promotable(catalog: Catalog, run_id: str) -> Verdict:
     verdict = find_verdict(catalog, run_id)
     if verdict is None:
         raise NotFound(f"run {run_id} has no verdict.", hint=f"Run `lawnwatch evaluate --run {run_id}` first.")
-    with tracking(settings) as client:
-        return _register(settings, client, verdict)
+    if verdict.decision != "promote":
+        raise DataError(
+            f"run {run_id} is not promoted; its verdict is {verdict.decision}: {verdict.reason}",
+            hint="The champion stays as it is.",
+        )
+    return verdict
 
 
 def _register(settings: Settings, client: Any, verdict: Verdict) -> int:

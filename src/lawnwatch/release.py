@@ -108,9 +108,9 @@ def _build(settings: Settings, catalog: Catalog, store: ObjectStore, info: regis
     # The recorded verdict may be a later one, against another champion; the promotion rested on this.
     evaluation["verdict"] = {"decision": info.decision, "reason": info.reason}
 
-    model = (trained / bundle.MODEL).read_bytes()
-    files = {bundle.MODEL: model}
-    graph = bundle.Graph(model, classes=len(classes))
+    variants = {name: bundle.Variant.model_validate(one) for name, one in facts["variants"].items()}
+    files = {one.file: (trained / one.file).read_bytes() for one in variants.values()}
+    graph = bundle.Graph(files[bundle.MODEL], classes=len(classes))
     golden = []
     for i, answer in enumerate(golden_rows(answers["validation"], classes)):
         data = store.get(answer["object_key"])
@@ -134,6 +134,8 @@ def _build(settings: Settings, catalog: Catalog, store: ObjectStore, info: regis
         preprocessing=facts["preprocessing"],
         temperature=temperature,
         unknown=bundle.Unknown(**evaluation["unknown"]),
+        variants=variants,
+        served=facts["served"],
         inputs={name: bundle.TensorSpec(**spec) for name, spec in facts["inputs"].items()},
         outputs={name: bundle.TensorSpec(**spec) for name, spec in facts["outputs"].items()},
         golden=golden,
@@ -174,7 +176,7 @@ def model_card(name: str, info: registry.VersionInfo, facts: dict[str, Any], eva
         f"# {name} v{info.version}",
         "",
         f"Tells {', '.join(facts['classes'])} apart in photographs. MobileNetV2 at 224 × 224, candidate "
-        f"`{facts['candidate']}`, LiteRT float32.",
+        f"`{facts['candidate']}`, LiteRT {facts['served']}.",
         "",
     ]
     if facts["samples"]:
@@ -195,13 +197,14 @@ def model_card(name: str, info: registry.VersionInfo, facts: dict[str, Any], eva
         "",
         f"Verdict: {evaluation['verdict']['decision']}. {evaluation['verdict']['reason']}",
         "",
-        f"Probabilities are calibrated with temperature {evaluation['temperature']:.2f}, fitted on the validation "
-        "split. A picture unlike the training photographs gets a high `unknown_score` "
+        f"Probabilities are calibrated with temperature {evaluation['temperature']:.2f}, fitted on pictures that the "
+        "head had not seen. A picture unlike the training photographs gets a high `unknown_score` "
         f"(threshold {evaluation['unknown']['threshold']:.3f}, {evaluation['unknown']['method']}).",
         "",
         "## Limits",
         "",
-        "- It knows the classes above and nothing else; of a picture of something else it still names one of them.",
+        "- It knows the classes above and nothing else. A picture of something else is named `unknown` when it is told "
+        "as such, which fails most often for other plants.",
         "- It was measured on pictures from the same sources as it was trained on; other lawns, seasons and cameras "
         "may differ.",
         "- Pictures are stretched to a square: very long ones are distorted.",

@@ -4,11 +4,15 @@ Every training picture is seen as it is and in a fixed number of augmented views
 once for each view and its results are cached by content, so that training a head takes seconds and fine-tuning runs
 the top blocks only. Three candidates:
 
-    linear_probe    logistic regression on the frozen embedding
-    fine_tuned      starts from the probe and trains the top blocks, batch norm in inference mode
     color_baseline  colour and texture statistics, no network: shows what the network is worth; never served
+    linear_probe    logistic regression on the frozen embedding, its strength chosen by cross-validation
+    fine_tuned      starts from the probe and trains the top blocks, batch norm in inference mode
 
-The servable candidate with the smallest validation log loss (at its fitted temperature) is exported. The computation
+The simplest servable candidate is exported whose validation log loss (at its fitted temperature) is within one
+standard error of the smallest (Breiman et al. 1984): what cannot be told apart on so few pictures is decided for the
+model that adapted less. It is exported in float32 and in int8; int8 is served where it is not worse than the Keras
+model and is faster. Temperature and the threshold of "unknown" rest on pictures that the answering head has not seen:
+by cross-validation for the probe, on the validation split for a network that was tuned on the rest. The computation
 is local and checkpointed below `home/cache/train/<fingerprint>`; it is logged to MLflow when it is whole, so a run that
 was killed, or whose MLflow went away, continues from what was done.
 """
@@ -36,20 +40,30 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from lawnwatch import bundle, dataset, images, model, registry
+from lawnwatch import bundle, dataset, images, model, registry, unknown
 from lawnwatch.catalog import Catalog
 from lawnwatch.config import Settings
-from lawnwatch.errors import DataError, IntegrityError, NotFound, Unavailable
+from lawnwatch.errors import DataError, IntegrityError, NotFound, SettingsError, Unavailable
 from lawnwatch.store import ObjectStore
 
 # Changes whenever the code below would train something else from the same input.
-RECIPE = "1"
+RECIPE = "2"
+CALIBRATION = "calibration.json"
+SPLITS = ("train", "validation")
 VIEWS = 4  # augmented views of a training picture, beside the picture itself
 VIEW_SIZE = 256  # side from which augmented views are cropped
 FINE_TUNE_IMAGES = 2000  # cut activations take 37 kB a view; beyond this, fine-tuning draws from so many pictures
 PREPARED_AT_ONCE = 2  # pictures decoded and augmented beside the network, which takes every core it gets
-PROBE_C = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+PROBE_C = (0.001, 0.003, 0.01, 0.03, 0.1)
+PROBE_IMAGES = 10_000  # a head of 1280 numbers a class learns nothing from more; beyond this, the first by hash
+HELD_OUT_IMAGES = 2000  # pictures on which a graph is calibrated and its variants are compared
+QUANTIZE_IMAGES = 40  # pictures whose activations set the ranges of int8
+INT8_LOSS = 0.005  # of accuracy that int8 may lose against the Keras model
+INT8_SPEEDUP = 1.1  # by which it must be faster to be served
+TEMPERATURE_SPREAD = 0.5
+CANDIDATES = ("color_baseline", "linear_probe", "fine_tuned")  # the servable ones from the simplest on
 LEARNING_RATE = 1e-4
 PATIENCE = 3
 
@@ -79,6 +93,7 @@ class Candidate:
         val_log_loss: at the temperature that was fitted on the same split.
         curves: name → one value an epoch (or a tried C).
         note: why it is out, when it is.
+        val_losses: of each validation picture, by hash.
     """
 
     name: str
@@ -90,6 +105,7 @@ class Candidate:
     params: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, list[float]] = field(default_factory=dict)
     note: str = ""
+    val_losses: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -187,6 +203,7 @@ def run(
         Unavailable: MLflow, the store or the weights' download does not answer; what was done is kept.
     """
     begun = time.monotonic()
+    _must_be_known(settings.train.candidates)
     snapshot = dataset.load_snapshot(catalog, store, snapshot_id or "latest")
     _must_be_trainable(snapshot)
     found = _check(settings, catalog, snapshot, force=force, reason=reason)
@@ -208,7 +225,8 @@ def run(
                 return _recorded(done[0], snapshot, unchanged=False, message=message)
 
     work = settings.home / "cache" / "train" / found.fingerprint
-    with _disk(work):
+    # Many small systems are solved: threads of linear algebra wait for one another longer than they work.
+    with _disk(work), threadpool_limits(1, "blas"):
         work.mkdir(parents=True, exist_ok=True)
         candidates, best = _compute(settings, store, snapshot, found.fingerprint, work, reason, begun, progress)
     progress("Logging the run to MLflow.")
@@ -226,6 +244,14 @@ def run(
         message=f"Trained {len(candidates)} candidates in {seconds:.0f} s; best on validation is {best.name} with "
         f"accuracy {best.val_accuracy:.1%} and log loss {best.val_log_loss:.3f}.",
     )
+
+
+def _must_be_known(wanted: Sequence[str]) -> None:
+    if set(wanted) - set(CANDIDATES) or (wanted and not set(wanted) & set(CANDIDATES[1:])):
+        raise SettingsError(
+            f"the candidates {sorted(wanted)} cannot be trained.",
+            hint=f"Name some of {', '.join(CANDIDATES)}, at least one besides {CANDIDATES[0]}; or none, for all.",
+        )
 
 
 def _must_be_trainable(snapshot: dataset.Snapshot) -> None:
@@ -289,14 +315,20 @@ class Features:
     """What the frozen network and the baseline say of a split.
 
     Attributes:
+        rows: the n pictures, by hash: the first few are then a fair draw over classes and sources.
         labels: (n,) int64, index into the snapshot's classes.
-        pooled: (n, views, 1280) float32; view 0 is the picture as serving sees it.
-        cut: (m, views, 14, 14, 96) float16 of the first m pictures; m is 0 when nothing is fine-tuned.
+        groups: (n,) int64; copies of one picture share a number.
+        pooled: (n, 1280) float32 of the pictures as serving sees them; on disk, so that memory does not grow with n.
+        views: (m, VIEWS, 1280) float32 of the augmented views of the first m pictures.
+        cut: (m, VIEWS + 1, 14, 14, 96) float16 of these pictures and their views; (0, ...) when nothing is fine-tuned.
         color: (n, k) float32.
     """
 
+    rows: list[dataset.Row]
     labels: NDArray[np.int64]
+    groups: NDArray[np.int64]
     pooled: Floats
+    views: Floats
     cut: NDArray[np.float16]
     color: Floats
 
@@ -319,15 +351,15 @@ def _compute(
     model.keras().utils.set_random_seed(settings.train.seed)
     clock = time.monotonic()
     # Random weights carry too little signal to the top blocks for training them to be worth its time.
-    tune = settings.train.fine_tune_epochs > 0 and weights.source != "none"
+    wanted = settings.train.candidates or list(CANDIDATES)
+    tune = "fine_tuned" in wanted and settings.train.fine_tune_epochs > 0 and weights.source != "none"
     pictures, basis = None, weights.sha256
     if weights.source == "none":
         pictures, basis = _first_pictures(settings, store, snapshot), f"none, scaled on snapshot {snapshot.id}"
     network = model.load_network(weights, scale_on=pictures)
     original = network.top.get_weights()
     extractor = Extractor(settings, store, network, basis)
-    train = extractor.features(snapshot, "train", views=VIEWS, cuts=FINE_TUNE_IMAGES if tune else 0, progress=progress)
-    val = extractor.features(snapshot, "validation", views=0, cuts=10**9 if tune else 0, progress=progress)
+    train, val = (extractor.features(snapshot, split, work, cuts=tune, progress=progress) for split in SPLITS)
     progress(f"Features of {len(train.labels)} + {len(val.labels)} images in {time.monotonic() - clock:.0f} s.")
     if not (np.isfinite(train.pooled).all() and np.isfinite(val.pooled).all()):
         raise DataError(
@@ -353,13 +385,15 @@ def _compute(
             f"{name}: validation accuracy {candidate.val_accuracy:.1%}, log loss {candidate.val_log_loss:.3f} "
             f"({candidate.seconds:.0f} s){'; ' + candidate.note if candidate.note else ''}."
         )
-        candidates.append(candidate)
+        if name in wanted:  # fine-tuning starts from the probe, wanted or not
+            candidates.append(candidate)
 
-    done("color_baseline", lambda: color_baseline(train, val, n))
-    done("linear_probe", lambda: linear_probe(train, val, n))
+    if "color_baseline" in wanted:
+        done("color_baseline", lambda: color_baseline(train, val, n))
+    done("linear_probe", lambda: linear_probe(train, val, n, settings.train.seed))
     if tune:
         with np.load(work / "linear_probe.npz", allow_pickle=False) as arrays:
-            head = arrays["kernel"], arrays["bias"]
+            head = arrays["start_kernel"], arrays["start_bias"]
         deadline = begun + settings.train.budget_seconds
         done("fine_tuned", lambda: fine_tuned(settings, network, train, val, head, deadline, progress))
 
@@ -369,9 +403,30 @@ def _compute(
             "no candidate came out usable: " + "; ".join(f"{c.name}: {c.note or 'no finite loss'}" for c in candidates),
             hint="Look at the labels and the pictures, or at the training settings.",
         )
-    best = min(usable, key=lambda c: c.val_log_loss)
-    _export(settings, store, snapshot, fingerprint, work, network, original, best, weights, reason, progress)
+    best = pick(usable)
+    place = work / f"{best.name}.npz"
+    with np.load(place, allow_pickle=False) as arrays:
+        trained = dict(arrays)
+    network.top.set_weights([trained[name] for name in sorted(trained) if name.startswith("top_")] or original)
+    _export(
+        settings, store, snapshot, fingerprint, work, network, trained, (train, val), best, weights, reason, progress
+    )
     return candidates, best
+
+
+def pick(candidates: Sequence[Candidate]) -> Candidate:
+    """The simplest candidate whose validation log loss is within one standard error of the smallest, paired.
+
+    Args:
+        candidates: usable ones, the simplest first.
+    """
+    best = min(candidates, key=lambda one: one.val_log_loss)
+    for one in candidates:
+        n = min(len(one.val_losses), len(best.val_losses))
+        behind = np.array(one.val_losses[:n]) - np.array(best.val_losses[:n])
+        if n > 1 and behind.mean() <= behind.std(ddof=1) / math.sqrt(n):
+            return one
+    return best
 
 
 def _first_pictures(settings: Settings, store: ObjectStore, snapshot: dataset.Snapshot) -> NDArray[np.uint8]:
@@ -415,34 +470,51 @@ class Extractor:
         self._forward = tf.function(forward, input_signature=signature)
 
     def features(
-        self, snapshot: dataset.Snapshot, split: str, *, views: int, cuts: int, progress: Progress
+        self, snapshot: dataset.Snapshot, split: str, work: Path, *, cuts: bool, progress: Progress
     ) -> Features:
-        """Features of a split.
+        """Features of a split; those of every picture are kept in a file below `work`.
 
         Args:
-            views: augmented views of each picture beside the picture itself.
-            cuts: of how many pictures the cut activations are kept.
+            cuts: whether the cut activations are wanted too.
         """
-        # By hash: the first few are then a fair draw over classes and sources.
         rows = sorted(snapshot.split(split), key=lambda row: str(row.sha256))
-        cuts = min(cuts, len(rows))
-        cut = np.zeros((cuts, views + 1, *model.CUT_SHAPE), np.float16)
-        pooled = np.zeros((len(rows), views + 1, model.EMBEDDING), np.float32)
+        viewed = min(len(rows), FINE_TUNE_IMAGES)
+        shape = (len(rows), model.EMBEDDING)
+        pooled = np.lib.format.open_memmap(work / f"pooled_{split}.npy", mode="w+", dtype=np.float32, shape=shape)
+        views = np.zeros((viewed, VIEWS, model.EMBEDDING), np.float32)
+        cut = np.zeros((viewed if cuts else 0, VIEWS + 1, *model.CUT_SHAPE), np.float16)
         color = np.zeros((len(rows), COLOR_FEATURES), np.float32)
         said = time.monotonic()
 
         def keep(i: int, arrays: dict[str, NDArray[Any]]) -> None:
             nonlocal said
-            pooled[i], color[i] = arrays["pooled"], arrays["color"]
-            if i < cuts:
+            pooled[i], color[i] = arrays["pooled"][0], arrays["color"]
+            if i < viewed:
+                views[i] = arrays["pooled"][1:]
+            if i < len(cut):
                 cut[i] = arrays["cut"]
             if time.monotonic() - said > 10:
                 said = time.monotonic()
                 progress(f"Features of the {split} split: {i + 1} of {len(rows)} images.")
 
+        self._each(rows[:viewed], snapshot.classes, VIEWS, cuts, keep)
+        self._each(rows[viewed:], snapshot.classes, 0, False, lambda i, arrays: keep(viewed + i, arrays))
+        labels = np.array([snapshot.classes.index(row.label) for row in rows], dtype=np.int64)
+        groups = np.unique([row.group for row in rows], return_inverse=True)[1].astype(np.int64)
+        return Features(rows, labels, groups, pooled, views, cut, color)
+
+    def _each(
+        self,
+        rows: Sequence[dataset.Row],
+        classes: list[str],
+        views: int,
+        cuts: bool,
+        keep: Callable[[int, dict[str, NDArray[Any]]], None],
+    ) -> None:
+        """Call `keep` with the arrays of each picture, from the cache or from the network."""
         missing = []
         for i, row in enumerate(rows):
-            known = self._known(self._file(row, i < cuts, views))
+            known = self._known(self._file(row, cuts, views))
             if known is None:
                 missing.append(i)
             else:
@@ -452,7 +524,7 @@ class Extractor:
             [rows[i] for i in missing],
             self._store,
             self._pictures,
-            classes=snapshot.classes,
+            classes=classes,
             batch=max(1, 32 // (views + 1)),
             prepare=partial(self._views, views=views),
             shape=(views + 1, model.SIZE, model.SIZE, 3),
@@ -465,14 +537,12 @@ class Extractor:
             for seen, cut_of, pool_of in zip(pictures, cuts_of, pooled_of, strict=True):
                 i = next(waiting)
                 arrays = {"color": color_features(seen[0]), "pooled": pool_of}
-                if i < cuts:
+                if cuts:
                     arrays["cut"] = cut_of
                 buffer = io.BytesIO()
                 np.savez(buffer, allow_pickle=False, **arrays)
-                _write(self._file(rows[i], i < cuts, views), buffer.getvalue())
+                _write(self._file(rows[i], cuts, views), buffer.getvalue())
                 keep(i, arrays)
-        labels = np.array([snapshot.classes.index(row.label) for row in rows], dtype=np.int64)
-        return Features(labels, pooled, cut, color)
 
     def _file(self, row: dataset.Row, cut: bool, views: int) -> Path:
         name = hashlib.sha256(f"{row.sha256}|{views}|{cut}|{self._kind}".encode()).hexdigest()
@@ -555,10 +625,11 @@ def log_loss(probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> f
 
 
 def fit_temperature(logits: NDArray[np.floating[Any]], labels: NDArray[np.int64]) -> float:
-    """The temperature that makes the softmax honest on labelled pictures, 0.25 to 10.
+    """The temperature that makes the softmax honest on labelled pictures, 0.25 to 10 (Guo et al. 2017).
 
-    The targets are Platt's, (n + 1) / (n + k) instead of 1: a small split without a single mistake would
-    otherwise drive the temperature to zero and every answer to certainty.
+    A small split without a single mistake would drive the temperature to zero and every answer to certainty. Two
+    things hold against it: the targets are Platt's, (n + 1) / (n + k) instead of 1, and the logarithm of the
+    temperature has a normal prior around 0 with a spread of TEMPERATURE_SPREAD, which hundreds of pictures outweigh.
     """
     from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]
 
@@ -569,19 +640,31 @@ def fit_temperature(logits: NDArray[np.floating[Any]], labels: NDArray[np.int64]
 
     def loss(log_temperature: float) -> float:
         p = bundle.probabilities(logits, math.exp(log_temperature))
-        return float(-(targets * np.log(np.clip(p, 1e-12, 1))).sum(axis=1).mean())
+        fit = -(targets * np.log(np.clip(p, 1e-12, 1))).sum()
+        return float(fit + 0.5 * (log_temperature / TEMPERATURE_SPREAD) ** 2)
 
     best = minimize_scalar(loss, bounds=(math.log(0.25), math.log(10)), method="bounded")
     return float(math.exp(best.x))
 
 
-def _judge(logits: NDArray[Any], labels: NDArray[np.int64]) -> tuple[float, float, float]:
-    """Validation accuracy, log loss at the fitted temperature, temperature."""
+@dataclass(frozen=True)
+class _Judged:
+    """Accuracy, log loss at the fitted temperature, that temperature, and each picture's loss."""
+
+    accuracy: float = 0.0
+    loss: float = math.inf
+    temperature: float = 1.0
+    losses: list[float] = field(default_factory=list)
+
+
+def _judge(logits: NDArray[Any], labels: NDArray[np.int64]) -> _Judged:
     if not np.isfinite(logits).all():
-        return 0.0, math.inf, 1.0
+        return _Judged()
     temperature = fit_temperature(logits, labels)
+    p = bundle.probabilities(logits, temperature)
+    losses = -np.log(np.clip(p[np.arange(len(labels)), labels], 1e-12, 1))
     accuracy = float((logits.argmax(axis=1) == labels).mean())
-    return accuracy, log_loss(bundle.probabilities(logits, temperature), labels), temperature
+    return _Judged(accuracy, float(losses.mean()), temperature, [round(float(one), 5) for one in losses])
 
 
 def _logistic(
@@ -590,8 +673,9 @@ def _logistic(
     """Class-balanced logistic regression on standardised features, folded into kernel (d, n) and bias (n,)."""
     from sklearn.linear_model import LogisticRegression
 
+    x = x.astype(np.float64)
     mean, spread = x.mean(axis=0), x.std(axis=0) + 1e-3
-    fitted = LogisticRegression(C=c, class_weight="balanced", max_iter=1000).fit((x - mean) / spread, y)
+    fitted = LogisticRegression(C=c, class_weight="balanced", max_iter=1000, tol=1e-3).fit((x - mean) / spread, y)
     coefficients, intercept = fitted.coef_, fitted.intercept_
     if n_classes == 2:  # one row of coefficients: give half of it to each class, so that the map shows both
         coefficients, intercept = np.vstack([-coefficients, coefficients]) / 2, np.hstack([-intercept, intercept]) / 2
@@ -599,43 +683,109 @@ def _logistic(
     return kernel, intercept - mean @ kernel
 
 
-def linear_probe(train: Features, val: Features, n_classes: int) -> tuple[Candidate, dict[str, NDArray[Any]]]:
-    """Logistic regression on the frozen embedding; strength and use of the augmented views by validation."""
-    tried = []
-    for views in (1, train.pooled.shape[1]):
-        x = train.pooled[:, :views].reshape(-1, model.EMBEDDING).astype(np.float64)
-        y = np.repeat(train.labels, views)
+def linear_probe(
+    train: Features, val: Features, n_classes: int, seed: int
+) -> tuple[Candidate, dict[str, NDArray[Any]]]:
+    """Logistic regression on the frozen embedding, fitted on the training and the validation split.
+
+    Its strength and whether it sees the augmented views are chosen by cross-validation, by log loss on pictures as
+    serving sees them. The figures are of the validation pictures, each by the head of the fold that left it out.
+
+    Returns:
+        The candidate, and: `kernel`, `bias`; `fold_of` (m,), `fold_kernels` (folds, 1280, k) and `fold_biases`
+        (folds, k), the heads that did not see picture i; `start_kernel`, `start_bias`, fitted on the training split.
+    """
+    both = [_probed(train), _probed(val)]
+    x = np.concatenate([part.pooled for part in both])
+    labels = np.concatenate([part.labels for part in both])
+    groups = np.concatenate([both[0].groups, both[1].groups + len(train.rows)])  # no group spans two splits
+    n, of_val = len(labels), slice(len(both[0].labels), None)
+    seen = [np.arange(len(part.views)) + start for part, start in zip(both, (0, len(both[0].labels)), strict=True)]
+    viewed = np.concatenate(seen)
+    views = np.concatenate([part.views for part in both])
+
+    def head(rows: NDArray[np.int64], with_views: bool, c: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        chosen, truth = [x[rows]], [labels[rows]]
+        if with_views:
+            mine = np.isin(viewed, rows)
+            chosen.append(views[mine].reshape(-1, model.EMBEDDING))
+            truth.append(np.repeat(labels[viewed[mine]], VIEWS))
+        return _logistic(np.concatenate(chosen), np.concatenate(truth), c, n_classes)
+
+    parts = unknown.folds(labels, seed, groups)
+    fold_of = np.zeros(n, np.int64)
+    for k, (_, fold) in enumerate(parts):
+        fold_of[fold] = k
+    tried: list[tuple[float, bool, float, NDArray[Any], list[tuple[NDArray[Any], NDArray[Any]]]]] = []
+    for with_views in (False, True):
         for c in PROBE_C:
-            kernel, bias = _logistic(x, y, c, n_classes)
-            accuracy, loss, temperature = _judge(val.pooled[:, 0] @ kernel + bias, val.labels)
-            tried.append((loss, accuracy, temperature, views, c, kernel, bias))
-    loss, accuracy, temperature, views, c, kernel, bias = min(tried, key=lambda one: one[0])
+            heads = [head(rest, with_views, c) for rest, _ in parts]
+            logits = by_fold(x, fold_of, np.stack([k for k, _ in heads]), np.stack([b for _, b in heads]))
+            tried.append((_judge(logits, labels).loss, with_views, c, logits, heads))
+    loss, with_views, c, logits, heads = min(tried, key=lambda one: one[0])
+    whole, judged = _judge(logits, labels), _judge(logits[of_val], labels[of_val])
     candidate = Candidate(
         name="linear_probe",
         servable=True,
-        val_accuracy=accuracy,
-        val_log_loss=loss,
-        temperature=temperature,
+        val_accuracy=judged.accuracy,
+        val_log_loss=judged.loss,
+        temperature=whole.temperature,
         seconds=0.0,
-        params={"C": c, "views": views, "class_weight": "balanced"},
-        curves={"val_log_loss_by_C": [one[0] for one in tried]},
+        params={
+            "C": c,
+            "views": VIEWS if with_views else 0,
+            "class_weight": "balanced",
+            "folds": len(parts),
+            "cv_images": n,
+            "cv_accuracy": round(whole.accuracy, 4),
+            "cv_log_loss": round(loss, 4),
+        },
+        curves={"cv_log_loss_by_C": [one[0] for one in tried]},
+        val_losses=judged.losses,
     )
-    return candidate, {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
+    kernel, bias = head(np.arange(n), with_views, c)
+    start_kernel, start_bias = head(np.arange(len(both[0].labels)), with_views, c)
+    arrays = {
+        "kernel": kernel,
+        "bias": bias,
+        "start_kernel": start_kernel,
+        "start_bias": start_bias,
+        "fold_kernels": np.stack([k for k, _ in heads]),
+        "fold_biases": np.stack([b for _, b in heads]),
+    }
+    return candidate, {name: array.astype(np.float32) for name, array in arrays.items()} | {"fold_of": fold_of}
+
+
+def _probed(part: Features) -> Features:
+    """The pictures that the probe looks at: all, or the first PROBE_IMAGES."""
+    n = min(len(part.rows), PROBE_IMAGES)
+    return replace(part, rows=part.rows[:n], labels=part.labels[:n], groups=part.groups[:n], pooled=part.pooled[:n])
+
+
+def by_fold(
+    embeddings: NDArray[Any], fold_of: NDArray[np.int64], kernels: NDArray[Any], biases: NDArray[Any]
+) -> NDArray[np.float64]:
+    """(n, k) logits of (n, d) embeddings, each by the head of its fold: kernels (folds, d, k), biases (folds, k)."""
+    logits = np.zeros((len(embeddings), biases.shape[1]))
+    for k in range(len(kernels)):
+        logits[fold_of == k] = embeddings[fold_of == k] @ kernels[k] + biases[k]
+    return logits
 
 
 def color_baseline(train: Features, val: Features, n_classes: int) -> tuple[Candidate, dict[str, NDArray[Any]]]:
     """Logistic regression on colour and texture: what can be had without a network."""
-    kernel, bias = _logistic(train.color.astype(np.float64), train.labels, 1.0, n_classes)
-    accuracy, loss, temperature = _judge(val.color @ kernel + bias, val.labels)
+    kernel, bias = _logistic(train.color[:PROBE_IMAGES], train.labels[:PROBE_IMAGES], 1.0, n_classes)
+    judged = _judge(val.color @ kernel + bias, val.labels)
     candidate = Candidate(
         name="color_baseline",
         servable=False,
-        val_accuracy=accuracy,
-        val_log_loss=loss,
-        temperature=temperature,
+        val_accuracy=judged.accuracy,
+        val_log_loss=judged.loss,
+        temperature=judged.temperature,
         seconds=0.0,
         params={"C": 1.0, "features": COLOR_FEATURES},
         note="a yardstick, never served",
+        val_losses=judged.losses,
     )
     return candidate, {"kernel": kernel, "bias": bias}
 
@@ -687,7 +837,7 @@ def fine_tuned(
 
     rng = np.random.default_rng(settings.train.seed)
     # Infinite until an epoch ended well: a candidate that never trained must not pass for a trained one.
-    best = (0.0, math.inf, 1.0, 0, network.top.get_weights(), kernel.numpy(), bias.numpy())
+    best = (_Judged(), 0, network.top.get_weights(), kernel.numpy(), bias.numpy())
     curves: dict[str, list[float]] = {"loss": [], "val_accuracy": [], "val_log_loss": []}
     note = ""
     for epoch in range(1, epochs + 1):
@@ -696,28 +846,34 @@ def fine_tuned(
             chosen = order[start : start + size]
             views = rng.integers(0, train.cut.shape[1], size=len(chosen))
             losses.append(float(step(train.cut[chosen, views], labels[chosen])))
-        accuracy, loss, temperature = _judge(validate(), val.labels)
-        if not (math.isfinite(loss) and np.isfinite(losses).all()):
+        judged = _judge(validate(), val.labels[: len(val.cut)])
+        if not (math.isfinite(judged.loss) and np.isfinite(losses).all()):
             note = f"the loss was not finite in epoch {epoch}; the weights before it are kept"
             break
-        for name, value in (("loss", float(np.mean(losses))), ("val_accuracy", accuracy), ("val_log_loss", loss)):
+        for name, value in (
+            ("loss", float(np.mean(losses))),
+            ("val_accuracy", judged.accuracy),
+            ("val_log_loss", judged.loss),
+        ):
             curves[name].append(value)
-        progress(f"fine_tuned: epoch {epoch} of {epochs}, loss {np.mean(losses):.3f}, validation log loss {loss:.3f}.")
-        if loss < best[1]:
-            best = (accuracy, loss, temperature, epoch, network.top.get_weights(), kernel.numpy(), bias.numpy())
-        if epoch - best[3] >= PATIENCE:
+        progress(
+            f"fine_tuned: epoch {epoch} of {epochs}, loss {np.mean(losses):.3f}, validation log loss {judged.loss:.3f}."
+        )
+        if judged.loss < best[0].loss:
+            best = (judged, epoch, network.top.get_weights(), kernel.numpy(), bias.numpy())
+        if epoch - best[1] >= PATIENCE:
             note = f"stopped early after epoch {epoch}"
             break
         if time.monotonic() > deadline:
             note = f"stopped by the time budget after epoch {epoch}"
             break
-    accuracy, loss, temperature, epoch, top, best_kernel, best_bias = best
+    judged, epoch, top, best_kernel, best_bias = best
     candidate = Candidate(
         name="fine_tuned",
         servable=True,
-        val_accuracy=accuracy,
-        val_log_loss=loss,
-        temperature=temperature,
+        val_accuracy=judged.accuracy,
+        val_log_loss=judged.loss,
+        temperature=judged.temperature,
         seconds=0.0,
         params={
             "best_epoch": epoch,
@@ -729,6 +885,7 @@ def fine_tuned(
         },
         curves=curves,
         note=note,
+        val_losses=judged.losses,
     )
     arrays = {f"top_{i:03}": array for i, array in enumerate(top)}
     return candidate, {"kernel": best_kernel, "bias": best_bias, **arrays}
@@ -744,13 +901,18 @@ def _export(
     fingerprint: str,
     work: Path,
     network: model.Network,
-    original: list[NDArray[Any]],
+    trained: dict[str, NDArray[Any]],
+    features: tuple[Features, Features],
     best: Candidate,
     weights: model.Weights,
     reason: str,
     progress: Progress,
 ) -> None:
-    """Write `work/model`: the graph, the Keras weights and what they are; sealed with hashes."""
+    """Write `work/model`: the graphs, calibration, the Keras weights and what they are; sealed with hashes.
+
+    Files beside `model.json`: `model.tflite`, the graph that is served; the other variant; `calibration.json`;
+    `unknown.npz`; `model.weights.h5`.
+    """
     home = work / "model"
     if (home / "files.json").exists():
         progress("The exported model is kept from the run that was cut off.")
@@ -758,14 +920,27 @@ def _export(
     clock = time.monotonic()
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
-    with np.load(work / f"{best.name}.npz", allow_pickle=False) as arrays:
-        top = [arrays[name] for name in sorted(arrays) if name.startswith("top_")]
-        network.top.set_weights(top or original)
-        whole = model.build(network, len(snapshot.classes))
-        model.set_head(whole, arrays["kernel"], arrays["bias"])
-    graph = model.export_litert(whole)
-    difference = _compare(settings, store, snapshot, whole, graph)
-    (home / bundle.MODEL).write_bytes(graph)
+    n = len(snapshot.classes)
+    whole = model.build(network, n)
+    model.set_head(whole, trained["kernel"], trained["bias"])
+    ranges = _decoded(settings, store, snapshot, features[0].rows[:QUANTIZE_IMAGES])
+    graphs = {"float32": model.export_litert(whole), "int8": model.export_litert(whole, ranges=ranges)}
+    difference = _compare(whole, graphs["float32"], n, ranges[:8])
+    progress(f"Exported {best.name} in float32 and int8 ({time.monotonic() - clock:.0f} s); comparing the two.")
+
+    asked = _Asked(settings, store, snapshot, features, trained)
+    served, variants = _choose_variant(asked, whole, graphs, ranges)
+    progress(variants["int8"].reason)
+    for name, variant in variants.items():
+        (home / variant.file).write_bytes(graphs[name])
+    calibration, detector, comparison = _calibrate(settings, asked, graphs[served])
+    progress(
+        f"Calibrated on {calibration['images']} held-out images: temperature {calibration['temperature']:.2f}, "
+        f"ECE {calibration['ece']:.3f}; unknown from {detector.spec.threshold:.2f} on."
+    )
+    (home / bundle.UNKNOWN).write_bytes(detector.to_bytes())
+    calibration |= {"unknown": detector.spec.model_dump(), "unknown_comparison": comparison}
+    (home / CALIBRATION).write_text(json.dumps(calibration, indent=1, sort_keys=True))
     whole.save_weights(home / "model.weights.h5")
     facts = {
         "classes": snapshot.classes,
@@ -779,23 +954,24 @@ def _export(
         "reason": reason,
         "created_at": datetime.now(UTC).isoformat(),
         "inputs": {name: spec.model_dump() for name, spec in model.describe_inputs().items()},
-        "outputs": {name: spec.model_dump() for name, spec in model.describe_outputs(len(snapshot.classes)).items()},
+        "outputs": {name: spec.model_dump() for name, spec in model.describe_outputs(n).items()},
+        "variants": {name: variant.model_dump() for name, variant in variants.items()},
+        "served": served,
         "litert_max_difference": difference,
     }
     (home / "model.json").write_text(json.dumps(facts, indent=1, sort_keys=True))
     registry.seal(home)
     progress(
-        f"Exported {best.name} as LiteRT ({len(graph) / 1e6:.1f} MB, {time.monotonic() - clock:.0f} s); "
-        f"its logits differ from Keras' by {difference:.1e} at most."
+        f"Exported {best.name}: {served} is served ({len(graphs[served]) / 1e6:.1f} MB, "
+        f"{time.monotonic() - clock:.0f} s); float32's logits differ from Keras' by {difference:.1e} at most."
     )
 
 
-def _compare(settings: Settings, store: ObjectStore, snapshot: dataset.Snapshot, whole: Any, graph: bytes) -> float:
-    """Largest difference of a probability between the Keras model and the exported graph, on real pictures."""
-    run_graph = bundle.Graph(graph, classes=len(snapshot.classes))
-    rows = sorted(snapshot.split("validation"), key=lambda row: str(row.sha256))[:8]
+def _compare(whole: Any, graph: bytes, n_classes: int, pictures: NDArray[np.uint8]) -> float:
+    """Largest difference of a logit between the Keras model and the exported float32 graph, on real pictures."""
+    run_graph = bundle.Graph(graph, classes=n_classes)
     worst = 0.0
-    for picture in _decoded(settings, store, snapshot, rows):
+    for picture in pictures:
         expected = np.asarray(whole(picture[np.newaxis], training=False)["logits"])[0]
         worst = max(worst, float(np.abs(run_graph(picture).logits - expected).max()))
     if not worst < 0.01:
@@ -804,6 +980,188 @@ def _compare(settings: Settings, store: ObjectStore, snapshot: dataset.Snapshot,
             hint="Nothing was published. Please report this with the versions of tensorflow and ai-edge-litert.",
         )
     return worst
+
+
+class _Asked:
+    """What graphs say of training and validation pictures, by heads that have not seen them.
+
+    For a probe, whose network was trained on none of these pictures, that is every picture, by the head of the fold
+    that left it out; for a tuned network the validation pictures.
+
+    Attributes:
+        labels: (n,). groups: (n,), None when the answers are not cross-validated. classes: how many there are.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: ObjectStore,
+        snapshot: dataset.Snapshot,
+        features: tuple[Features, Features],
+        trained: dict[str, NDArray[Any]],
+    ) -> None:
+        train, val = features
+        self._read = partial(_decoded, settings, store, snapshot)
+        self.classes = len(snapshot.classes)
+        self._train = train
+        if "fold_of" in trained:
+            parts = _probed(train), _probed(val)
+            first = [*parts[0].rows, *parts[1].rows]
+            self._chosen = np.sort(np.random.default_rng(settings.train.seed).permutation(len(first))[:HELD_OUT_IMAGES])
+            self._rows = [first[i] for i in self._chosen]
+            self.labels = np.concatenate([part.labels for part in parts])[self._chosen]
+            self.groups: NDArray[np.int64] | None = np.unique([row.group for row in self._rows], return_inverse=True)[1]
+            self._heads = trained["fold_of"][self._chosen], trained["fold_kernels"], trained["fold_biases"]
+            self._keras = np.concatenate([part.pooled for part in parts])[self._chosen]
+        else:
+            self._rows, self.labels, self.groups = val.rows[:HELD_OUT_IMAGES], val.labels[:HELD_OUT_IMAGES], None
+
+    def keras(self, whole: Any) -> NDArray[Any]:
+        """(n, k) logits of the Keras model."""
+        if self.groups is not None:
+            return by_fold(self._keras, *self._heads)
+        parts = [np.asarray(whole(pictures, training=False)["logits"]) for pictures in self._batches(self._rows)]
+        return np.concatenate(parts)
+
+    def graph(self, data: bytes) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """(n, k) logits and (n, d) embeddings of a graph."""
+        logits, embeddings = self._run(data, self._rows)
+        return (by_fold(embeddings, *self._heads) if self.groups is not None else logits), embeddings
+
+    def trained_on(self, data: bytes) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """(m, d) embeddings and (m,) labels of training pictures, for a network that was tuned on them."""
+        some = self._train.rows[:HELD_OUT_IMAGES]
+        return self._run(data, some)[1], self._train.labels[: len(some)]
+
+    def _run(self, data: bytes, rows: Sequence[dataset.Row]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        graph = bundle.Graph(data, classes=self.classes)
+        outputs = [graph(picture) for pictures in self._batches(rows) for picture in pictures]
+        return np.stack([one.logits for one in outputs]), np.stack([one.embedding for one in outputs])
+
+    def _batches(self, rows: Sequence[dataset.Row]) -> Iterator[NDArray[np.uint8]]:
+        for start in range(0, len(rows), 64):
+            yield self._read(rows[start : start + 64])
+
+
+def _choose_variant(
+    asked: _Asked, whole: Any, graphs: dict[str, bytes], pictures: NDArray[np.uint8]
+) -> tuple[str, dict[str, bundle.Variant]]:
+    """Which graph is served: int8 when it is not worse than the Keras model, paired, and faster than float32."""
+    n = len(asked.labels)
+    keras = asked.keras(whole).argmax(axis=1)
+    speedup = _speedup(graphs["float32"], graphs["int8"], asked.classes, pictures)
+    try:
+        small = asked.graph(graphs["int8"])[0].argmax(axis=1)
+    except IntegrityError as error:
+        change, changed, passed, said = -1.0, n, False, error.message
+    else:
+        change = float((small == asked.labels).mean() - (keras == asked.labels).mean())
+        changed = int((small != keras).sum())
+        passed = change >= -INT8_LOSS and speedup >= INT8_SPEEDUP
+        said = (
+            f"int8 answers {changed} of {n} held-out images otherwise than Keras; its accuracy is {change:+.1%} "
+            f"({-INT8_LOSS:+.1%} is allowed), its speed {speedup:.2f} times float32's ({INT8_SPEEDUP} is asked): it is "
+            f"{'served' if passed else 'not served'}."
+        )
+    served = "int8" if passed else "float32"
+    files = {name: bundle.MODEL if name == served else f"model_{name}.tflite" for name in graphs}
+    return served, {
+        "float32": bundle.Variant(
+            file=files["float32"], arithmetic="float32", images=n, reason="What the others are compared with."
+        ),
+        "int8": bundle.Variant(
+            file=files["int8"],
+            arithmetic="int8",
+            images=n,
+            accuracy_change=change,
+            changed_answers=changed,
+            speedup=round(speedup, 2),
+            passed=passed,
+            reason=said,
+        ),
+    }
+
+
+def _speedup(slow: bytes, fast: bytes, n_classes: int, pictures: NDArray[np.uint8]) -> float:
+    """How many times as fast one graph is as another, one thread: they take turns, so that a busy machine slows both.
+
+    Of each picture the quickest of some turns counts, of the pictures the median.
+    """
+    graphs = [bundle.Graph(data, classes=n_classes) for data in (slow, fast)]
+    times = np.full((2, min(len(pictures), 10)), np.inf)
+    for _ in range(6):
+        for j in range(times.shape[1]):
+            for i, graph in enumerate(graphs):
+                begun = time.perf_counter()
+                graph(pictures[j])
+                times[i, j] = min(times[i, j], time.perf_counter() - begun)
+    return float(np.median(times[0]) / np.median(times[1]))
+
+
+def _calibrate(
+    settings: Settings, asked: _Asked, graph: bytes
+) -> tuple[dict[str, Any], unknown.Fitted, list[dict[str, Any]]]:
+    """Temperature and detector of a graph, from its answers to pictures its head has not seen."""
+    logits, embeddings = asked.graph(graph)
+    judged = _judge(logits, asked.labels)
+    p = bundle.probabilities(logits, judged.temperature)
+    kinds, pictures = unknown.strangers(model.SIZE)
+    run_graph = bundle.Graph(graph, classes=p.shape[1])
+    others = [run_graph(picture) for picture in pictures]
+    strange, strange_logits = np.stack([o.embedding for o in others]), np.stack([o.logits for o in others])
+    seed = settings.train.seed
+    if asked.groups is not None:
+        detector = unknown.fit(embeddings, asked.labels, strange, seed=seed, groups=asked.groups)
+    else:
+        known, labels = asked.trained_on(graph)
+        detector = unknown.fit(known, labels, strange, seed=seed, held_out=embeddings)
+    comparison = unknown.compare(
+        embeddings, logits, asked.labels, strange, strange_logits, kinds, seed=seed, temperature=judged.temperature
+    )
+    confidence, right = p.max(axis=1), p.argmax(axis=1) == asked.labels
+    bins = np.minimum((confidence * 10).astype(int), 9)
+    gaps = np.bincount(bins, weights=right.astype(float) - confidence, minlength=10)
+    return (
+        {
+            "temperature": judged.temperature,
+            "method": "cross-validated heads" if asked.groups is not None else "validation split",
+            "images": len(asked.labels),
+            "accuracy": judged.accuracy,
+            "log_loss": judged.loss,
+            "ece": float(np.abs(gaps).sum() / len(p)),
+        },
+        detector,
+        comparison,
+    )
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What training fitted on held-out pictures for the graph that is served.
+
+    Attributes:
+        unknown: how other things are recognised; statistics: the bytes of `unknown.npz`.
+        comparison: each method's figures on this run's pictures.
+    """
+
+    temperature: float
+    unknown: bundle.Unknown
+    statistics: bytes
+    comparison: list[dict[str, Any]]
+
+
+def load_calibration(home: Path) -> Calibration:
+    """Read it from a run's `model` artifacts. Raises IntegrityError when they are of a release that had none."""
+    try:
+        found = json.loads((home / CALIBRATION).read_text())
+        statistics = (home / bundle.UNKNOWN).read_bytes()
+        spec = bundle.Unknown.model_validate(found["unknown"])
+    except (OSError, ValueError, KeyError) as error:
+        raise IntegrityError(
+            f"the run's model has no calibration that this release can read: {error}",
+            hint="Train again with this release of lawnwatch.",
+        ) from error
+    return Calibration(float(found["temperature"]), spec, statistics, found["unknown_comparison"])
 
 
 def git_commit(settings: Settings) -> str:
@@ -858,7 +1216,8 @@ def _log(
         run_id = str(run.info.run_id)
         half.write_text(run_id)
         _log_inputs(client, run_id, snapshot)
-        params = {f"train.{name}": value for name, value in settings.train.model_dump(mode="json").items()}
+        read = settings.train.model_dump(mode="json")
+        params: dict[str, Any] = {f"train.{name}": json.dumps(value) for name, value in read.items()}
         params |= {"views": VIEWS, "recipe": RECIPE, "classes": ",".join(snapshot.classes), "best": best.name}
         params |= {f"images.{split}": len(snapshot.split(split)) for split in ("train", "validation", "test")}
         _log_batch(client, run_id, params, {"val_accuracy": [best.val_accuracy], "val_log_loss": [best.val_log_loss]})
@@ -867,6 +1226,13 @@ def _log(
         for name, figure in _plots(candidates).items():
             client.log_figure(run_id, figure, f"plots/{name}.png")
         client.log_artifacts(run_id, str(work / "model"), "model")
+        calibration = json.loads((work / "model" / CALIBRATION).read_text())
+        figures = {f"cv_{name}": [calibration[name]] for name in ("accuracy", "log_loss", "ece", "temperature")}
+        figures |= {f"unknown_auroc_{one['method']}": [one["auroc"]] for one in calibration["unknown_comparison"]}
+        small = json.loads((work / "model" / "model.json").read_text())["variants"]["int8"]
+        figures |= {f"int8_{name}": [small[name]] for name in ("accuracy_change", "changed_answers", "speedup")}
+        _log_batch(client, run_id, {}, figures)
+        client.log_figure(run_id, _unknown_plot(calibration["unknown_comparison"]), "plots/unknown.png")
         for candidate in candidates:
             child = client.create_run(experiment, run_name=candidate.name, tags={"mlflow.parentRunId": run_id})
             figures = {"val_accuracy": [candidate.val_accuracy], "val_log_loss": [candidate.val_log_loss]}
@@ -950,6 +1316,20 @@ def _plots(candidates: list[Candidate]) -> dict[str, Any]:
             axes.legend()
             plots[f"curves_{candidate.name}"] = figure
     return plots
+
+
+def _unknown_plot(comparison: list[dict[str, Any]]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    names, y = [one["method"] + (" (kept)" if one["chosen"] else "") for one in comparison], np.arange(len(comparison))
+    for shift, kind, color in ((-0.2, "photographs", "#395"), (0.2, "drawings", "#9bc")):
+        axes.barh(y + shift, [one[kind] for one in comparison], height=0.38, color=color, label=kind)
+    axes.set(xlim=(0.4, 1), xlabel="AUROC against kinds not seen before", title="Telling what is no class")
+    axes.set_yticks(y, names)
+    axes.legend(loc="lower left")
+    return figure
 
 
 def _write(path: Path, data: bytes) -> None:

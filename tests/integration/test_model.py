@@ -7,7 +7,12 @@ LiteRT graph, which gives truly worse, constant and broken models in no time.
 from __future__ import annotations
 
 import json
+import os
+import re
+import resource
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,8 +23,22 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from lawnwatch import bundle, dataset, evaluate, images, ingest, registry, release, train
+from lawnwatch import (
+    bundle,
+    cli,
+    config,
+    dataset,
+    evaluate,
+    images,
+    ingest,
+    registry,
+    release,
+    train,
+    unknown,
+    versions,
+)
 from lawnwatch.catalog import Catalog
 from lawnwatch.config import Settings
 from lawnwatch.errors import Conflict, DataError, IntegrityError, NotFound, SettingsError, Unavailable
@@ -74,7 +93,9 @@ def champion(road: Road) -> registry.Promotion:
     return registry.promote(road.settings, road.catalog, road.result.run_id)
 
 
-def challenger(road: Road, edit: Callable[[np.ndarray], np.ndarray], *, reason: str = "", snapshot: str = "") -> str:
+def challenger(
+    road: Road, edit: Callable[[np.ndarray], np.ndarray], *, reason: str = "", classes: tuple[str, ...] = ()
+) -> str:
     """A run whose graph is the trained one with an edited head kernel (n, 1280)."""
     source = registry.artifacts(road.settings, road.result.run_id, "model")
     folder = road.settings.home / "challenger" / "model"
@@ -91,6 +112,7 @@ def challenger(road: Road, edit: Callable[[np.ndarray], np.ndarray], *, reason: 
     edited = edit(kernel.copy()).astype(np.float32)
     (folder / bundle.MODEL).write_bytes(graph.replace(kernel.tobytes(), edited.tobytes()))
     facts = json.loads((folder / "model.json").read_text())
+    facts["classes"] = list(classes) or facts["classes"]
     facts |= {"reason": reason, "fingerprint": f"challenger {time.monotonic()}"}
     (folder / "model.json").write_text(json.dumps(facts))
     registry.seal(folder)
@@ -111,7 +133,10 @@ def test_the_run_page_answers_what_it_was_trained_on_and_how_good_it_is(trained:
     assert run.inputs.dataset_inputs[0].dataset.digest == trained.snapshot.id[:36]
     assert "validation accuracy" in run.data.tags["mlflow.note.content"]
     assert {child.info.run_name for child in children} == {"linear_probe", "fine_tuned", "color_baseline"}
-    assert {"model/model.tflite", "model/model.weights.h5", "model/model.json"} <= files
+    assert {"model/model.tflite", "model/model.weights.h5", "model/model.json", "model/calibration.json"} <= files
+    assert {"cv_ece", "unknown_auroc_mahalanobis_background", "unknown_auroc_knn", "int8_speedup"} <= set(
+        run.data.metrics
+    )
     assert run.info.artifact_uri.startswith((trained.settings.home / "mlartifacts").as_uri())
     assert trained.result.best in ("linear_probe", "fine_tuned")
     assert not (trained.settings.home / "cache" / "train" / run.data.tags["lawnwatch.fingerprint"]).exists()
@@ -127,6 +152,36 @@ def test_the_test_split_is_measured_on_the_served_graph(road: Road, weights: str
         assert found["metrics"]["accuracy"]["value"] >= 0.93
     again = evaluate.run(road.settings, road.catalog, road.store, road.result.run_id, progress=quiet)
     assert (again.created_at, again.decision) == (verdict.created_at, "promote")
+    assert {one["status"] for one in again.checks} == {"passed"} and again.claim == "floors"
+    assert again.thresholds == road.settings.gate.model_dump()
+    assert set(found["robustness"]["altered"]) == set(evaluate.ALTERATIONS)
+    assert {one["division"] for one in found["slices"]} == {
+        "shorter side", "brightness", "sharpness", "source host", "label source",
+    }  # fmt: skip
+
+
+def test_the_report_is_kept_with_the_run_and_in_the_store(road: Road) -> None:
+    verdict = evaluate.run(road.settings, road.catalog, road.store, road.result.run_id, progress=quiet)
+    page = road.store.get(evaluate.report_key(road.result.run_id))
+    kept = registry.artifacts(road.settings, road.result.run_id, "evaluation") / "report.html"
+    assert kept.read_bytes() == page
+    assert verdict.report_url.endswith(f"/reports/evaluation/{road.result.run_id}")
+    assert len(page) < 3_000_000
+    text = page.decode()
+    assert verdict.reason in text and "what speaks for" in text  # the class activation maps are there
+    assert not re.findall(r"""<(?:script|link rel="stylesheet)|src="(?!data:)|url\(""", text), "it loads something"
+    with registry.tracking(road.settings) as client:
+        tags = client.get_run(road.result.run_id).data.tags
+    assert (tags["lawnwatch.decision"], tags["lawnwatch.claim"]) == ("promote", "floors")
+
+
+def test_a_graph_without_a_map_only_leaves_the_overlays_out(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = bundle.Graph.__call__
+    monkeypatch.setattr(bundle.Graph, "__call__", lambda self, image: ask(self, image)._replace(cam=None))
+    policy = road.settings.gate.model_copy(update={"max_latency_ms": 251.0})  # else the recorded verdict stands
+    settings = road.settings.model_copy(update={"gate": policy})
+    evaluate.run(settings, road.catalog, road.store, road.result.run_id, progress=quiet)
+    assert "what speaks for" not in road.store.get(evaluate.report_key(road.result.run_id)).decode()
 
 
 def test_a_promoted_model_is_published_and_every_step_repeats_without_change(
@@ -153,6 +208,51 @@ def test_a_promoted_model_is_published_and_every_step_repeats_without_change(
     assert (repeated.run_id, repeated.unchanged) == (road.result.run_id, True)
     assert len(registry.list_versions(settings, catalog)) == 1
     assert not train.check(settings, catalog, store, force=True, reason="labels reviewed").unchanged
+
+
+def test_both_graphs_travel_and_the_served_one_is_not_worse(
+    road: Road, champion: registry.Promotion, weights: str
+) -> None:
+    found = bundle.read(road.store, release.publish(road.settings, road.catalog, road.store, progress=quiet).sha256)
+    variants = found.manifest.variants
+    assert set(variants) == {"float32", "int8"}
+    assert variants[found.manifest.served].file == bundle.MODEL
+    assert variants["int8"].passed == (found.manifest.served == "int8")
+    graphs = {
+        name: bundle.Graph(found.bytes_of(one.file), classes=len(found.manifest.classes))
+        for name, one in variants.items()
+    }
+    sizes = {name: len(found.bytes_of(one.file)) for name, one in variants.items()}
+    assert sizes["int8"] < 0.4 * sizes["float32"]
+    if weights == "none":
+        return
+    assert variants["int8"].accuracy_change >= -train.INT8_LOSS
+    rows = road.snapshot.split("test")[:20]
+    said = {}
+    for name, graph in graphs.items():
+        answers = evaluate.ask(road.settings, road.store, graph, rows)
+        said[name] = bundle.probabilities(answers.logits, found.manifest.temperature)
+        assert graph(np.zeros((224, 224, 3), np.uint8)).cam is not None
+    assert float(np.abs(said["int8"] - said["float32"]).mean()) < 0.1
+
+
+def test_what_is_no_class_is_told_by_the_published_bundle(
+    road: Road, champion: registry.Promotion, weights: str
+) -> None:
+    """Noise, a drawing and a night sky are unknown; photographs of the classes are not."""
+    if weights == "none" or road.snapshot.samples:
+        pytest.skip("drawn pictures on random features: nothing to tell apart")
+    found = bundle.read(road.store, release.publish(road.settings, road.catalog, road.store, progress=quiet).sha256)
+    detector = bundle.UnknownDetector.of(found)
+    assert detector is not None and detector.spec.method == unknown.METHOD
+    graph = bundle.Graph(found.bytes_of(bundle.MODEL), classes=len(found.manifest.classes))
+    rng = np.random.default_rng(99)
+    strange = [unknown.KINDS[kind](rng, 224) for kind in ("noise", "noise", "shapes", "text", "stars", "chart")]
+    told = [detector.score(graph(picture)) >= detector.spec.threshold for picture in strange]
+    assert sum(told) >= len(told) - 1, told
+    answers = evaluate.ask(road.settings, road.store, graph, road.snapshot.split("test"))
+    scores = detector.scores(answers.logits, answers.embeddings)
+    assert float((scores >= detector.spec.threshold).mean()) <= 0.15
 
 
 def serving(found: bundle.Bundle, change: Callable[[np.ndarray], np.ndarray] = lambda p: p) -> Callable[[bytes], Any]:
@@ -222,6 +322,14 @@ def test_38_a_broken_model_ends_in_a_verdict_not_in_a_version(
     assert registry.list_versions(road.settings, road.catalog) == []
 
 
+@pytest.mark.parametrize("classes", [("dandelion", "grass", "moss"), ("grass", "dandelion")])
+def test_37_a_wrong_number_or_order_of_classes_is_rejected(road: Road, classes: tuple[str, ...]) -> None:
+    run_id = challenger(road, lambda kernel: kernel, classes=classes)
+    verdict = evaluate.run(road.settings, road.catalog, road.store, run_id, progress=quiet)
+    assert verdict.decision == "reject", verdict.reason
+    assert ("(1, 3)" in verdict.reason) == (len(classes) == 3)
+
+
 def test_41_an_equal_challenger_needs_a_reason_and_can_be_rolled_back(road: Road, champion: registry.Promotion) -> None:
     settings, catalog, store = road.settings, road.catalog, road.store
     without = challenger(road, lambda kernel: kernel * 1.01)
@@ -235,6 +343,7 @@ def test_41_an_equal_challenger_needs_a_reason_and_can_be_rolled_back(road: Road
         assert verdict.decision == "inconclusive" and "more labelled" in verdict.reason
         return
     assert verdict.decision == "promote" and "labels reviewed" in verdict.reason
+    assert verdict.claim == "not worse"
     promoted = registry.promote(settings, catalog, run_id)
     assert (promoted.version, promoted.previous_version) == (2, 1)
     aliases = {one.version: one.aliases for one in registry.list_versions(settings, catalog)}
@@ -250,7 +359,9 @@ def test_41_an_equal_challenger_needs_a_reason_and_can_be_rolled_back(road: Road
     assert registry.rollback(settings, catalog).version == 2
 
 
-def test_34_of_two_promotions_at_once_one_wins_and_the_other_must_judge_again(road: Road) -> None:
+def test_34_of_two_promotions_at_once_one_wins_and_the_other_is_judged_again(
+    road: Road, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings, catalog, store = road.settings, road.catalog, road.store
     runs = [road.result.run_id, challenger(road, lambda kernel: kernel * 1.01, reason="race")]
     for run_id in runs:
@@ -276,14 +387,109 @@ def test_34_of_two_promotions_at_once_one_wins_and_the_other_must_judge_again(ro
     now = registry.champion(settings, catalog)
     assert now is not None and now.run_id == won[0]
     assert [one.version for one in registry.list_versions(settings, catalog)] == [1]
-    verdict = evaluate.run(settings, catalog, store, lost[0], progress=quiet)
-    assert verdict.champion_version == 1
+    monkeypatch.setenv("LAWNWATCH_HOME", str(settings.home))
+    monkeypatch.setenv("LAWNWATCH_MODEL_NAME", settings.model_name)
+    config.get_settings.cache_clear()
+    told = CliRunner().invoke(cli.app, ["model", "promote", "--run", lost[0]])
+    assert "Judging the run again" in told.stderr
+    verdict = registry.find_verdict(catalog, lost[0])
+    assert verdict is not None and verdict.champion_version == 1
+    now = registry.champion(settings, catalog)
+    assert now is not None and (now.run_id == lost[0]) == (verdict.decision == "promote"), told.output
 
 
-def test_30_mlflow_down_is_said_in_bounded_time_and_training_continues_from_its_checkpoint(
+def test_a_champion_of_another_preprocessing_is_a_reason_by_itself(road: Road, champion: registry.Promotion) -> None:
+    """Nobody gave a reason, and the data are the same; but the champion cannot be released any more."""
+    if len(road.snapshot.split("test")) < 62:
+        pytest.skip("so few test images cannot show non-inferiority")
+    run_id = challenger(road, lambda kernel: kernel * 1.01)
+    theirs = registry.artifacts(road.settings, road.result.run_id, "model")
+    kept = (theirs / "model.json").read_text()
+    facts = json.loads(kept)
+    facts["preprocessing"]["version"] = 0
+    try:
+        (theirs / "model.json").write_text(json.dumps(facts))
+        registry.seal(theirs)
+        verdict = evaluate.run(road.settings, road.catalog, road.store, run_id, progress=quiet)
+    finally:
+        (theirs / "model.json").write_text(kept)
+        registry.seal(theirs)
+    assert verdict.decision == "promote" and "another preprocessing" in verdict.reason
+
+
+def test_a_version_answers_where_it_comes_from_and_what_became_of_a_picture(
+    road: Road, champion: registry.Promotion
+) -> None:
+    settings, catalog, store = road.settings, road.catalog, road.store
+    told = versions.lineage(settings, catalog, store, "champion", limit=3)
+    assert (told["run_id"], told["snapshot"]) == (road.result.run_id, road.snapshot.id)
+    assert len(told["images"]) == 3 and told["image_total"] == len(road.snapshot.rows)
+    for split, use in (("train", "trained on it"), ("test", "measured on it")):
+        row = road.snapshot.split(split)[0]
+        for name in (row.url, row.sha256[:12]):
+            back = versions.lineage_of_image(settings, catalog, store, name)
+            assert [(one["version"], one["use"]) for one in back["versions"]] == [(1, use)]
+            assert back["snapshots"][0]["snapshot"] == road.snapshot.id
+    with pytest.raises(NotFound, match="no snapshot holds"):
+        versions.lineage_of_image(settings, catalog, store, "https://example.org/never.jpg")
+    same = versions.compare(settings, catalog, store, 1, "champion")
+    assert same["paired"]["images"] == len(road.snapshot.split("test"))
+    assert (same["paired"]["wins"], same["paired"]["losses"]) == (0, 0)
+
+
+def test_a_version_is_made_again_from_its_record(road: Road, tmp_path: Path) -> None:
+    """A small snapshot of the same pictures, without fine-tuning: the bytes are the same."""
+    small = road.settings.model_copy(
+        update={
+            "home": tmp_path,
+            "database_url": Settings(home=tmp_path).database_url,
+            "train": road.settings.train.model_copy(update={"fine_tune_epochs": 0, "seed": 5}),
+            "data": road.settings.data.model_copy(update={"min_per_class": 5}),
+        }
+    )
+    catalog = Catalog(small)
+    catalog.migrate()
+    rows = [row for label in road.snapshot.classes for row in road.snapshot.rows if row.label == label][::4]
+    for row in rows:
+        catalog.add(row.url, row.label)
+    ingest.run(small, catalog, road.store, progress=quiet)
+    snapshot = dataset.create_snapshot(small, catalog, road.store)
+    run_id = train.run(small, catalog, road.store, progress=quiet).run_id
+    lax = small.gate.model_copy(update={"min_test_images": 1, "min_accuracy": 0.1, "min_class_recall": 0.0})
+    small = small.model_copy(update={"gate": lax})
+    verdict = evaluate.run(small, catalog, road.store, run_id, progress=quiet)
+    if verdict.decision != "promote":
+        pytest.skip(f"no version of so few pictures: {verdict.reason}")
+    registry.promote(small, catalog, run_id)
+    # Other settings at hand do not matter: the record counts.
+    other = small.model_copy(update={"train": small.train.model_copy(update={"seed": 99})})
+    told = versions.reproduce(other, catalog, road.store, 1, progress=quiet)
+    assert told["identical_bytes"], told["message"]
+    assert told["largest_probability_difference"] < 1e-5 and told["run_id"] != run_id
+    assert told["differences"] == [] and snapshot.id
+    assert [one.version for one in registry.list_versions(small, catalog)] == [1]
+
+
+def test_35_a_full_disk_ends_the_evaluation_with_a_sentence(road: Road) -> None:
+    """Files may grow to 300 kB only; the bank of the unknown score is larger."""
+    environment = os.environ | {"LAWNWATCH_HOME": str(road.settings.home), "LAWNWATCH_MODEL_NAME": "full"}
+    done = subprocess.run(
+        [sys.executable, "-m", "lawnwatch", "evaluate", "--run", road.result.run_id],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)),
+    )
+    assert done.returncode == Unavailable.exit_code, done.stderr
+    assert "Traceback" not in done.stderr and "Free disk space" in done.stderr
+    assert registry.list_versions(road.settings, road.catalog) == []
+
+
+def test_30_35_a_killed_run_and_one_without_mlflow_continue_from_their_checkpoints(
     road: Road, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MLflow dies after the work was done; the next run computes nothing again."""
+    """Cut off after the probe, then MLflow dies after the work was done: what was done is not done again."""
     for variable in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
         monkeypatch.setenv(variable, "2")
     down = road.settings.model_copy(update={"mlflow_tracking_uri": "http://127.0.0.1:9"})
@@ -291,6 +497,16 @@ def test_30_mlflow_down_is_said_in_bounded_time_and_training_continues_from_its_
     with pytest.raises(Unavailable, match="MLflow"):
         train.run(down, road.catalog, road.store, force=True, reason="r", progress=quiet)
     assert time.monotonic() - begun < 60
+
+    class Killed(BaseException):
+        pass
+
+    def die_after_the_probe(line: str) -> None:
+        if line.startswith("linear_probe: validation"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        train.run(road.settings, road.catalog, road.store, force=True, reason="r", progress=die_after_the_probe)
 
     checked = train.check(road.settings, road.catalog, road.store)
     lines: list[str] = []
@@ -303,6 +519,7 @@ def test_30_mlflow_down_is_said_in_bounded_time_and_training_continues_from_its_
     finally:
         home.unlink()
         (road.settings.home / "gone").rename(home)
+    assert "linear_probe: kept from the run that was cut off." in lines
     work = road.settings.home / "cache" / "train" / checked.fingerprint
     assert (work / "model" / "files.json").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -129,7 +130,16 @@ def publish_raw(store: ObjectStore, change: Callable[[dict[str, Any]], object]) 
         lambda m: m["outputs"]["logits"].update(shape=[1, 3]),
         lambda m: m.update(temperature=0),
         lambda m: m.update(temperature="NaN"),
-        lambda m: m.update(schema_version=2),
+        lambda m: m.update(schema_version=3),
+        lambda m: m.update(variants={"int8": {"file": "model.tflite", "arithmetic": "int8"}}, served="float32"),
+        lambda m: m.update(variants={"int8": {"file": "model.tflite", "arithmetic": "int4"}}, served="int8"),
+        lambda m: m.update(
+            variants={
+                "int8": {"file": "model.tflite", "arithmetic": "int8"},
+                "float32": {"file": "gone.tflite", "arithmetic": "float32"},
+            },
+            served="int8",
+        ),
         lambda m: m.update(runtime="pickle"),
         lambda m: m.update(run="import os"),
         lambda m: m["golden"][0].update(file="golden/9.jpg"),
@@ -186,14 +196,78 @@ def test_probabilities_sum_to_one_and_temperature_softens() -> None:
     assert hot[1, 0] < cold[1, 0]
 
 
-@pytest.mark.parametrize("method", ["max_softmax", "energy", "knn"])
+def test_a_bundle_of_schema_1_stays_readable_and_keeps_its_name(store: ObjectStore, tmp_path: Path) -> None:
+    def older(document: dict[str, Any]) -> None:
+        document["schema_version"] = 1
+        del document["variants"], document["served"]
+
+    made = bundle.write(store, FILES, meta())
+    document = json.loads(made.manifest.to_bytes())
+    older(document)
+    raw = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+    sha256 = hashlib.sha256(raw).hexdigest()
+    for name, data in (*FILES.items(), ("manifest.json", raw)):
+        store.put(bundle.key(sha256, name), data)
+    for _ in range(2):  # from the store, then from the cache
+        found = bundle.read(store, sha256, tmp_path / "cache")
+        assert (found.manifest.schema_version, found.manifest.variants) == (1, {})
+        assert found.manifest.to_bytes() == raw
+
+
+STATISTICS: dict[str, Any] = {
+    "bank": np.eye(4)[:2],
+    "means": np.eye(4)[:2],
+    "axes": np.eye(4)[2:3],
+    "variances": np.array([0.5]),
+    "rest": np.array(0.1),
+    "weight": np.array([-1.0, -1.0, 1.0, 1.0]),
+    "bias": np.array(0.0),
+    "centre": np.zeros(2),
+    "scale": np.ones(2),
+}
+
+
+@pytest.mark.parametrize(
+    "method", ["max_softmax", "energy", "knn", "mahalanobis", "background", "mahalanobis_background"]
+)
 def test_the_unknown_score_is_higher_for_the_stranger(method: Any) -> None:
-    bank = np.eye(4, dtype=np.float32)[:2]
     spec = bundle.Unknown(method=method, threshold=0.5, accept_rate=0.99, k=1)
-    detector = bundle.UnknownDetector(spec, 1.0, bank)
+    buffer = io.BytesIO()
+    np.savez(buffer, **{name: STATISTICS[name] for name in bundle.STATISTICS.get(method, {})})
+    detector = bundle.UnknownDetector.load(spec, 1.0, buffer.getvalue() if method in bundle.STATISTICS else None)
     near = bundle.Outputs(np.array([9.0, 0.0], np.float32), np.array([5.0, 0.1, 0, 0], np.float32), None)
     far = bundle.Outputs(np.array([0.1, 0.0], np.float32), np.array([0, 0, 3.0, 3.0], np.float32), None)
     assert detector.score(near) < detector.score(far)
+
+
+def test_the_mahalanobis_score_is_the_distance_under_the_stored_covariance() -> None:
+    """Against the covariance written out: its axis has its own variance, every other direction that of the rest."""
+    covariance = np.diag([0.1, 0.1, 0.5, 0.1])
+    spec = bundle.Unknown(method="mahalanobis", threshold=1, accept_rate=0.9, k=1)
+    detector = bundle.UnknownDetector(spec, 1.0, STATISTICS)
+    x = np.random.default_rng(0).random((5, 4))
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    away = unit[:, np.newaxis] - STATISTICS["means"]
+    expected = np.einsum("nci,ij,ncj->nc", away, np.linalg.inv(covariance), away).min(axis=1)
+    np.testing.assert_allclose(detector.scores(np.zeros((5, 2)), x.astype(np.float32)), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("means", None, "means"),
+        ("weight", np.array([1.0, np.nan, 0, 0]), "weight"),
+        ("weight", np.ones(3), "different lengths"),
+        ("variances", np.array([-1.0]), "positive variance"),
+        ("scale", np.array([1.0, 0.0]), "positive scale"),
+    ],
+)
+def test_37_statistics_that_cannot_be_meant_are_refused(name: str, value: Any, words: str) -> None:
+    spec = bundle.Unknown(method="mahalanobis_background", threshold=1, accept_rate=0.97, k=1)
+    with pytest.raises(IntegrityError, match=words):
+        bundle.UnknownDetector(spec, 1.0, STATISTICS | {name: value})
+    with pytest.raises(IntegrityError, match="cannot be read"):
+        bundle.UnknownDetector.load(spec, 1.0, b"PK no archive")
 
 
 def test_bytes_that_are_no_graph_are_refused() -> None:
