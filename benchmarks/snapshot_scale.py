@@ -49,6 +49,9 @@ def servers(folder: Path) -> Iterator[dict[str, Any]]:
     for name in ("mariadb", "minio"):
         (folder / name).mkdir()
     mariadb = conftest._start_mariadb(folder / "mariadb")
+    mariadb.server.stop()
+    mariadb.server.argv.append("--innodb-buffer-pool-size=1G")  # the tests' 64 MB do not hold 100,000 rows' indexes
+    mariadb.server.start()
     try:
         minio = conftest._start_minio(folder / "minio")
         try:

@@ -20,6 +20,8 @@ import pytest
 
 import samples
 from lawnwatch import config
+from lawnwatch.catalog import Catalog
+from lawnwatch.store import LocalStore, open_store
 from processes import Server, answers, free_port, program, served
 
 # ── settings and data ───────────────────────────────────────────────────────────────────────────────────────
@@ -48,6 +50,22 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def settings(tmp_path: Path, weights: str) -> config.Settings:
     """The embedded mode in a folder of its own."""
     return config.Settings(home=tmp_path / "home", weights=weights)
+
+
+@pytest.fixture
+def catalog(settings: config.Settings) -> Catalog:
+    """The migrated catalog of those settings."""
+    catalog = Catalog(settings)
+    catalog.migrate()
+    return catalog
+
+
+@pytest.fixture
+def store(settings: config.Settings) -> LocalStore:
+    """The folder store of those settings."""
+    opened = open_store(settings)
+    assert isinstance(opened, LocalStore)
+    return opened
 
 
 @pytest.fixture(scope="session")

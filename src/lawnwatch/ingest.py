@@ -16,7 +16,6 @@ import asyncio
 import hashlib
 import random
 import signal
-import sys
 import threading
 import time
 from collections import Counter, deque
@@ -46,7 +45,6 @@ RECORD_IMAGES = 64
 LEASE_SECONDS = 120.0  # how long the claims of a worker that died on another machine are waited for
 CLAIM_AHEAD = 2  # images claimed and not waiting for their host, per slot
 CLAIM_WINDOW = 32  # images claimed in all, per slot: how far a busy or resting host's images are passed over
-SWITCH_SECONDS = 0.0005  # Python's own 5 ms cost a sixth of the throughput
 PATIENCE = 60.0  # seconds that a store or database may be away before the run gives up
 GIVE_BACK_SECONDS = 10.0  # for the claims of an interrupted run
 BAD = ("quarantined", "blocked", "gone", "failed")
@@ -131,19 +129,8 @@ def run(
     """
     total = _pending(catalog, labels)
     ingest = _Run(settings, catalog, store, labels, limit, progress, min(total, limit) if limit else total)
-    with interruptible() as interruption, eager_event_loop():
+    with interruptible() as interruption:
         return asyncio.run(interruption.heeded(ingest.whole()))
-
-
-@contextmanager
-def eager_event_loop() -> Iterator[None]:
-    """Let threads that compute hand the interpreter over sooner: the event loop asks for it at every system call."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_SECONDS)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
 
 
 def _pending(catalog: Catalog, labels: list[str] | None) -> int:

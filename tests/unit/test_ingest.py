@@ -21,7 +21,7 @@ from lawnwatch import ingest, net
 from lawnwatch.catalog import Catalog
 from lawnwatch.config import Settings
 from lawnwatch.errors import DataError, SettingsError, Unavailable
-from lawnwatch.store import LocalStore, ObjectInfo, open_store
+from lawnwatch.store import LocalStore, ObjectInfo
 
 pytestmark = pytest.mark.unit
 SITE = "https://photos.example/"
@@ -99,20 +99,6 @@ def settings(tmp_path: Path, web: Web) -> Settings:
         fetch={"allow_cidrs": ["127.0.0.0/8"], "origin_map": {SITE: web.base}, "max_bytes": 50_000, "concurrency": 8},
         data={"max_bad_ratio": 1.0},
     )
-
-
-@pytest.fixture
-def catalog(settings: Settings) -> Catalog:
-    catalog = Catalog(settings)
-    catalog.migrate()
-    return catalog
-
-
-@pytest.fixture
-def store(settings: Settings) -> LocalStore:
-    opened = open_store(settings)
-    assert isinstance(opened, LocalStore)
-    return opened
 
 
 def publish(web: Web, catalog: Catalog, pages: dict[str, bytes | int], label: str = "grass") -> None:

@@ -22,13 +22,6 @@ pytestmark = pytest.mark.unit
 
 
 @pytest.fixture
-def catalog(settings: Settings) -> Catalog:
-    catalog = Catalog(settings)
-    catalog.migrate()
-    return catalog
-
-
-@pytest.fixture
 def store(settings: Settings) -> ObjectStore:
     return open_store(settings)
 

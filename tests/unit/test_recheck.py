@@ -24,7 +24,7 @@ from lawnwatch import cli, config, ingest, net, recheck
 from lawnwatch.catalog import Catalog, ImageRecord, utc_now
 from lawnwatch.config import Settings
 from lawnwatch.errors import InputError, Unavailable
-from lawnwatch.store import LocalStore, open_store
+from lawnwatch.store import LocalStore
 
 pytestmark = pytest.mark.unit
 SITE = "https://photos.example/"
@@ -87,20 +87,6 @@ def settings(tmp_path: Path, web: Web) -> Settings:
         home=tmp_path / "home",
         fetch={"allow_cidrs": ["127.0.0.0/8"], "origin_map": {SITE: web.base}, "concurrency": 4, "host_failures": 99},
     )
-
-
-@pytest.fixture
-def catalog(settings: Settings) -> Catalog:
-    catalog = Catalog(settings)
-    catalog.migrate()
-    return catalog
-
-
-@pytest.fixture
-def store(settings: Settings) -> LocalStore:
-    opened = open_store(settings)
-    assert isinstance(opened, LocalStore)
-    return opened
 
 
 @pytest.fixture
