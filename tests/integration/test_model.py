@@ -44,6 +44,7 @@ from lawnwatch.config import Settings
 from lawnwatch.errors import Conflict, DataError, IntegrityError, NotFound, SettingsError, Unavailable
 from lawnwatch.sketch import Sketch
 from lawnwatch.store import ObjectStore, open_store
+from lawnwatch.train.export import INT8_LOSS
 
 pytestmark = pytest.mark.integration
 
@@ -226,7 +227,7 @@ def test_both_graphs_travel_and_the_served_one_is_not_worse(
     assert sizes["int8"] < 0.4 * sizes["float32"]
     if weights == "none":
         return
-    assert variants["int8"].accuracy_change >= -train.INT8_LOSS
+    assert variants["int8"].accuracy_change >= -INT8_LOSS
     rows = road.snapshot.split("test")[:20]
     said = {}
     for name, graph in graphs.items():

@@ -12,47 +12,50 @@ import pytest
 from lawnwatch import bundle, dataset, model, train
 from lawnwatch.config import Settings
 from lawnwatch.errors import DataError, SettingsError
+from lawnwatch.train import step
+from lawnwatch.train.candidates import Candidate, by_fold, color_baseline, judge, linear_probe, pick
+from lawnwatch.train.features import COLOR_FEATURES, VIEWS, Features
 
 pytestmark = pytest.mark.unit
 
 
-def features(n: int, seed: int, apart: float) -> train.Features:
+def features(n: int, seed: int, apart: float) -> Features:
     """n pictures of two classes whose embeddings differ by `apart` standard deviations in each of 200 numbers."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n, dtype=np.int64) % 2
     pooled = rng.standard_normal((n, model.EMBEDDING)).astype(np.float32)
     pooled[:, :200] += np.where(labels == 1, apart, -apart)[:, np.newaxis] / 2
-    views = pooled[:, np.newaxis] + rng.standard_normal((n, train.VIEWS, model.EMBEDDING)).astype(np.float32) * 0.1
-    return train.Features(
+    views = pooled[:, np.newaxis] + rng.standard_normal((n, VIEWS, model.EMBEDDING)).astype(np.float32) * 0.1
+    return Features(
         rows=[None] * n,  # type: ignore[list-item]
         labels=labels,
         groups=np.arange(n, dtype=np.int64),
         pooled=pooled,
         views=views,
         cut=np.zeros((0,), np.float16),
-        color=rng.random((n, train.COLOR_FEATURES)).astype(np.float32),
+        color=rng.random((n, COLOR_FEATURES)).astype(np.float32),
     )
 
 
-def candidate(name: str, losses: list[float]) -> train.Candidate:
+def candidate(name: str, losses: list[float]) -> Candidate:
     loss = float(np.mean(losses)) if losses else math.inf
-    return train.Candidate(name, True, 0.9, loss, 1.0, 1.0, val_losses=losses)
+    return Candidate(name, True, 0.9, loss, 1.0, 1.0, val_losses=losses)
 
 
 def test_the_probe_is_judged_by_heads_that_have_not_seen_the_picture() -> None:
     """In 1280 dimensions 60 random pictures can be learnt by heart: only an honest figure is near a half."""
-    learnt, arrays = train.linear_probe(features(40, 1, 0.0), features(20, 2, 0.0), 2, seed=0)
+    learnt, arrays = linear_probe(features(40, 1, 0.0), features(20, 2, 0.0), 2, seed=0)
     assert 0.2 < learnt.params["cv_accuracy"] < 0.8
     x = np.concatenate([features(40, 1, 0.0).pooled, features(20, 2, 0.0).pooled])
     labels = np.concatenate([features(40, 1, 0.0).labels, features(20, 2, 0.0).labels])
     assert ((x @ arrays["kernel"] + arrays["bias"]).argmax(axis=1) == labels).mean() > 0.95
-    held_out = train.by_fold(x, arrays["fold_of"], arrays["fold_kernels"], arrays["fold_biases"])
+    held_out = by_fold(x, arrays["fold_of"], arrays["fold_kernels"], arrays["fold_biases"])
     assert (held_out.argmax(axis=1) == labels).mean() == pytest.approx(learnt.params["cv_accuracy"], abs=1e-4)
     assert len(learnt.val_losses) == 20
 
 
 def test_the_probe_finds_what_there_is_to_find_and_the_start_has_not_seen_validation() -> None:
-    learnt, arrays = train.linear_probe(features(80, 1, 1.0), features(20, 2, 1.0), 2, seed=0)
+    learnt, arrays = linear_probe(features(80, 1, 1.0), features(20, 2, 1.0), 2, seed=0)
     assert learnt.val_accuracy == 1.0
     assert learnt.params["cv_images"] == 100
     assert not np.allclose(arrays["start_kernel"], arrays["kernel"])
@@ -81,10 +84,10 @@ def test_the_simplest_candidate_within_one_standard_error_is_picked() -> None:
     probe = rng.exponential(0.1, 60)
     alike, better = probe + rng.normal(-0.002, 0.1, 60), probe - 0.05 + rng.normal(0, 0.02, 60)
     simple = candidate("linear_probe", probe.tolist())
-    assert train.pick([simple, candidate("fine_tuned", alike.tolist())]) is simple
+    assert pick([simple, candidate("fine_tuned", alike.tolist())]) is simple
     tuned = candidate("fine_tuned", better.tolist())
-    assert train.pick([simple, tuned]) is tuned
-    assert train.pick([simple]) is simple
+    assert pick([simple, tuned]) is tuned
+    assert pick([simple]) is simple
 
 
 @pytest.mark.parametrize("wanted", [["linear_prob"], ["color_baseline"], ["fine_tuned", "x"]])
@@ -113,13 +116,13 @@ def test_one_class_or_a_handful_of_pictures_ends_in_words(pictures: list[tuple[s
     labels = sorted({label for label, _ in pictures})
     snapshot = dataset.Snapshot("a" * 64, datetime(2026, 1, 1, tzinfo=UTC), labels, {}, False, rows)
     with pytest.raises(DataError, match=words):
-        train._must_be_trainable(snapshot)
+        step.must_be_trainable(snapshot)
 
 
 def test_logits_that_are_no_numbers_make_no_candidate() -> None:
     part: Any = features(20, 1, 1.0)
     part.color[:] = np.nan
     with pytest.raises(ValueError, match="NaN"):
-        train.color_baseline(part, part, 2)
-    judged = train._judge(np.full((4, 2), np.nan), np.zeros(4, np.int64))
+        color_baseline(part, part, 2)
+    judged = judge(np.full((4, 2), np.nan), np.zeros(4, np.int64))
     assert judged.loss == math.inf
