@@ -137,6 +137,10 @@ class GateSettings(BaseModel):
         0.1, gt=0, lt=1, description="How much the accuracy on altered test images may be below the champion's."
     )
     max_latency_ratio: float = Field(1.5, gt=0, description="Limit: inference time in multiples of the champion's.")
+    variant_loss: float = Field(
+        0.005, ge=0, lt=1, description="Largest loss of accuracy of a served graph of reduced arithmetic, such as int8."
+    )
+    variant_speedup: float = Field(1.1, ge=1, description="How many times as fast as float32 such a graph must be.")
     cheaper: float = Field(
         0.8, gt=0, lt=1, description="A model of at most this share of the champion's time or size counts as cheaper."
     )

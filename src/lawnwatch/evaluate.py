@@ -38,7 +38,7 @@ from lawnwatch.registry import Verdict
 from lawnwatch.sketch import Sketch
 from lawnwatch.store import ObjectStore
 
-METHOD = "2"  # changes whenever the same run would be measured or judged differently
+METHOD = "3"  # changes whenever the same run would be measured or judged differently
 REFERENCE_IMAGES = 1000  # training pictures in the reference sketch
 ALTERED_IMAGES = 400  # test pictures that are asked again in each alteration
 TIMED_IMAGES = 20
@@ -320,8 +320,17 @@ def _measure(
         robust=robust,
         latency_ms=took,
         model_bytes=len(model.data),
+        variant=_served_variant(model),
     )
     return evaluation, evidence, probabilities
+
+
+def _served_variant(model: Model) -> gate.Reduced | None:
+    """What training measured of the graph that is served, where its arithmetic is reduced."""
+    served = bundle.Variant.model_validate(model.facts["variants"][model.facts["served"]])
+    if served.arithmetic == "float32":
+        return None
+    return gate.Reduced(served.arithmetic, served.images, served.accuracy_change, served.speedup)
 
 
 def _losses(probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -409,7 +418,7 @@ def _divisions(catalog: Catalog, rows: Sequence[dataset.Row], answers: Answers) 
         "sharpness": measure.thirds(
             answers.sharpness, ("most blurred third", "middle third", "sharpest third"), "{:.0f}"
         ),
-        "source host": [host if host in large else "other hosts" for host in hosts],
+        bundle.HOST_SLICES: [host if host in large else "other hosts" for host in hosts],
         "label source": _label_sources(catalog, rows),
     }
 

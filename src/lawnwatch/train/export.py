@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lawnwatch import bundle, dataset, images, model, registry, unknown
-from lawnwatch.config import Settings
+from lawnwatch.config import GateSettings, Settings
 from lawnwatch.errors import IntegrityError
 from lawnwatch.store import ObjectStore
 from lawnwatch.train.candidates import Candidate, by_fold, judge, probed
@@ -26,8 +26,6 @@ from lawnwatch.train.features import Features, Progress, decoded
 CALIBRATION = "calibration.json"
 HELD_OUT_IMAGES = 2000  # pictures on which a graph is calibrated and its variants are compared
 QUANTIZE_IMAGES = 40  # pictures whose activations set the ranges of int8
-INT8_LOSS = 0.005  # of accuracy that int8 may lose against the Keras model
-INT8_SPEEDUP = 1.1  # by which it must be faster to be served
 
 
 def export(
@@ -65,7 +63,7 @@ def export(
     progress(f"Exported {best.name} in float32 and int8 ({time.monotonic() - clock:.0f} s); comparing the two.")
 
     asked = _Asked(settings, store, snapshot, features, trained)
-    served, variants = _choose_variant(asked, whole, graphs, ranges)
+    served, variants = _choose_variant(settings.gate, asked, whole, graphs, ranges)
     progress(variants["int8"].reason)
     for name, variant in variants.items():
         (home / variant.file).write_bytes(graphs[name])
@@ -180,7 +178,7 @@ class _Asked:
 
 
 def _choose_variant(
-    asked: _Asked, whole: Any, graphs: dict[str, bytes], pictures: NDArray[np.uint8]
+    policy: GateSettings, asked: _Asked, whole: Any, graphs: dict[str, bytes], pictures: NDArray[np.uint8]
 ) -> tuple[str, dict[str, bundle.Variant]]:
     """Which graph is served: int8 when it is not worse than the Keras model, paired, and faster than float32."""
     n = len(asked.labels)
@@ -193,11 +191,11 @@ def _choose_variant(
     else:
         change = float((small == asked.labels).mean() - (keras == asked.labels).mean())
         changed = int((small != keras).sum())
-        passed = change >= -INT8_LOSS and speedup >= INT8_SPEEDUP
+        passed = change >= -policy.variant_loss and speedup >= policy.variant_speedup
         said = (
             f"int8 answers {changed} of {n} held-out images otherwise than Keras; its accuracy is {change:+.1%} "
-            f"({-INT8_LOSS:+.1%} is allowed), its speed {speedup:.2f} times float32's ({INT8_SPEEDUP} is asked): it is "
-            f"{'served' if passed else 'not served'}."
+            f"({-policy.variant_loss:+.1%} is allowed), its speed {speedup:.2f} times float32's "
+            f"({policy.variant_speedup} is asked): it is {'served' if passed else 'not served'}."
         )
     served = "int8" if passed else "float32"
     files = {name: bundle.MODEL if name == served else f"model_{name}.tflite" for name in graphs}
