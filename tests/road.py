@@ -46,7 +46,11 @@ class Road:
 
     def copy(self, home: Path) -> Road:
         """The same installation in a folder of its own."""
+        from mlflow.tracking._tracking_service import utils
+
         old = self.settings.home
+        # MLflow remembers for the life of the process where a run's artifacts are; here one run is in many places.
+        utils._artifact_repos_cache.clear()
         self.catalog.engine.dispose()
         shutil.copytree(old, home)
         _move_artifacts(home / "mlflow.db", (old / "mlartifacts").as_uri(), (home / "mlartifacts").as_uri())

@@ -275,6 +275,7 @@ def _measure(
     validation = ask(settings, store, graph, rows["validation"])
     fitted = train.load_calibration(model.home)
     temperature = fitted.temperature
+    detector = bundle.UnknownDetector.load(fitted.unknown, temperature, fitted.statistics)
 
     reference_rows = sorted(rows["train"], key=lambda row: str(row.sha256))[:REFERENCE_IMAGES]
     progress(f"Measuring {len(rows['test'])} test images; reference of {len(reference_rows)} training images.")
@@ -292,6 +293,7 @@ def _measure(
         said = classes[int(probabilities[0].argmax())]
         raise UnusableModel(f"it answers {said!r} whatever the picture shows.")
     right = probabilities.argmax(axis=1) == labels["test"]
+    strangeness = detector.scores(test.logits, test.embeddings)
     robust = _altered(settings, store, model, rows["test"][:ALTERED_IMAGES])
     (took,) = _latency(settings, store, [graph], rows["test"][:TIMED_IMAGES])
     answers = {
@@ -302,6 +304,7 @@ def _measure(
     evaluation |= {
         "temperature": temperature,
         "unknown": fitted.unknown.model_dump(),
+        "called_unknown": measure.share(int((strangeness >= fitted.unknown.threshold).sum()), len(strangeness)),
         "unknown_comparison": fitted.comparison,
         "slices": measure.slices(right, _divisions(catalog, rows["test"], test)),
         "robustness": {

@@ -640,7 +640,12 @@ def show(settings: Settings, catalog: Catalog, version: str | int = "champion") 
     for info in versions:
         if wanted == str(info.version) or str(version) in info.aliases:
             return info
-    there = ", ".join(str(info.version) for info in versions) or "none yet"
+    if not versions:
+        raise NotFound(
+            f"there is no model version {version}, nor any other yet.",
+            hint="`lawnwatch train`, `evaluate` and `model promote` make one.",
+        )
+    there = ", ".join(sorted(f"v{info.version}" for info in versions))
     raise NotFound(f"there is no model version {version}; there are: {there}.", hint="Run `lawnwatch model list`.")
 
 

@@ -316,7 +316,7 @@ def test_34_of_two_promotions_at_once_one_wins_and_the_other_is_judged_again(
     told = CliRunner().invoke(cli.app, ["model", "promote", "--run", lost[0]])
     assert "Judging the run again" in told.stderr
     verdict = registry.find_verdict(catalog, lost[0])
-    assert verdict is not None and verdict.champion_version == now.version
+    assert verdict is not None and verdict.champion_version == now.version, told.output
     after = registry.champion(settings, catalog)
     assert after is not None and (after.run_id == lost[0]) == (verdict.decision == "promote"), told.output
 
