@@ -106,8 +106,8 @@ def challenger(
     folder = road.settings.home / "challenger" / "model"
     shutil.rmtree(folder.parent, ignore_errors=True)
     shutil.copytree(source, folder)
-    kernel = _head(folder)
     graph = (folder / bundle.MODEL).read_bytes()
+    kernel = _head(graph)
     assert graph.count(kernel.tobytes()) >= 1, "the head's kernel is not in the graph as expected"
     edited = edit(kernel.copy()).astype(np.float32)
     (folder / bundle.MODEL).write_bytes(graph.replace(kernel.tobytes(), edited.tobytes()))
@@ -123,13 +123,15 @@ def challenger(
     return str(run.info.run_id)
 
 
-def _head(folder: Path) -> np.ndarray:
-    """The (classes, 1280) kernel of the head, as the graph holds it."""
-    import h5py
+def _head(graph: bytes) -> np.ndarray:
+    """The (classes, 1280) float32 kernel of the head of a graph."""
+    from ai_edge_litert.interpreter import Interpreter
 
-    found: list[np.ndarray] = []
-    with h5py.File(folder / "model.weights.h5") as weights:
-        weights.visititems(
-            lambda name, item: found.append(item[()]) if getattr(item, "shape", None) == (1280, 2) else None
-        )
-    return np.ascontiguousarray(found[0].T)
+    interpreter = Interpreter(model_content=graph)
+    interpreter.allocate_tensors()
+    (index,) = (
+        one["index"]
+        for one in interpreter.get_tensor_details()
+        if tuple(one["shape"]) == (2, 1280) and one["dtype"] is np.float32
+    )
+    return np.ascontiguousarray(interpreter.get_tensor(index))

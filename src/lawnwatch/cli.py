@@ -429,9 +429,6 @@ def train_command(
     candidates: Annotated[str, typer.Option(help="Names of the candidates, separated by commas; all if empty.")] = "",
     budget: Annotated[float | None, typer.Option(min=1, help="Seconds for training all candidates.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or gpu; as set for all runs when left out.")] = "",
-    sweep: Annotated[
-        float | None, typer.Option(min=0, help="Seconds for a search over settings of the training; 0: none.")
-    ] = None,
     candidate: Annotated[
         str,
         typer.Option(
@@ -451,8 +448,8 @@ def train_command(
     from lawnwatch import train
 
     settings, catalog, store = opened()
-    options = {"candidates": candidates, "budget": budget, "device": device, "sweep": sweep}
-    settings = with_train_options(settings, **options)
+    options = {"candidates": candidates, "budget": budget, "device": device}
+    settings = with_train_options(settings, candidates=candidates, budget=budget, device=device)
     if check:
         found = train.check(settings, catalog, store, snapshot_id=snapshot or None, force=force, reason=reason)
         shared = [f"--{name}={value}" for name, value in options.items() if value not in ("", None)]
@@ -473,11 +470,9 @@ def train_command(
     )
 
 
-def with_train_options(
-    settings: Settings, *, candidates: str, budget: float | None, device: str, sweep: float | None
-) -> Settings:
+def with_train_options(settings: Settings, *, candidates: str, budget: float | None, device: str) -> Settings:
     """The settings, with those of the training that were given as options."""
-    given: dict[str, Any] = {"budget_seconds": budget, "sweep_seconds": sweep}
+    given: dict[str, Any] = {"budget_seconds": budget}
     given |= {"candidates": [name.strip() for name in candidates.split(",") if name.strip()] or None}
     given |= {"device": device or None}
     changed = settings.train.model_dump() | {name: value for name, value in given.items() if value is not None}

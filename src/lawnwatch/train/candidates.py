@@ -11,16 +11,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lawnwatch import bundle, model, unknown
+from lawnwatch import bundle, dataset, model, unknown
 from lawnwatch.config import Settings
-from lawnwatch.train.features import COLOR_FEATURES, VIEWS, Features, Floats, Progress
+from lawnwatch.train.features import COLOR_FEATURES, PROBE_IMAGES, VIEWS, Features, Floats, Pictures, Progress
 
-CANDIDATES = ("color_baseline", "linear_probe", "fine_tuned")  # the servable ones from the simplest on
+CANDIDATES = ("color_baseline", "linear_probe", "fine_tuned", "small_input")  # the servable ones from the simplest on
+TEACHERS = ("linear_probe", "fine_tuned")  # those among which one is picked; small_input is a variant of that one
 PROBE_C = (0.001, 0.003, 0.01, 0.03, 0.1)
-PROBE_IMAGES = 10_000  # a head of 1280 numbers a class learns nothing from more; beyond this, the first by hash
 TEMPERATURE_SPREAD = 0.5
 LEARNING_RATE = 1e-4
 PATIENCE = 3
+HELD_OUT_IMAGES = 2000  # pictures on which a graph is calibrated and its variants are compared
+SMALL_C = (0.001, 0.003, 0.01)
+TEACHER_SHARE = 0.5  # of a distilled target; the rest is the label
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,12 @@ def pick(candidates: Sequence[Candidate]) -> Candidate:
     return best
 
 
-def color_baseline(train: Features, val: Features, n_classes: int) -> tuple[Candidate, dict[str, NDArray[Any]]]:
-    """Logistic regression on colour and texture: what can be had without a network."""
-    kernel, bias = _logistic(train.color[:PROBE_IMAGES], train.labels[:PROBE_IMAGES], 1.0, n_classes)
-    judged = judge(val.color @ kernel + bias, val.labels)
+def color_baseline(
+    train: Floats, train_labels: NDArray[np.int64], val: Floats, val_labels: NDArray[np.int64], n_classes: int
+) -> tuple[Candidate, dict[str, NDArray[Any]]]:
+    """Logistic regression on (n, COLOR_FEATURES) colour and texture: what can be had without a network."""
+    kernel, bias = _logistic(train, train_labels, 1.0, n_classes)
+    judged = judge(val @ kernel + bias, val_labels)
     candidate = Candidate(
         name="color_baseline",
         servable=False,
@@ -89,9 +94,10 @@ def linear_probe(
 
     Returns:
         The candidate, and: `kernel`, `bias`; `fold_of` (m,), `fold_kernels` (folds, 1280, k) and `fold_biases`
-        (folds, k), the heads that did not see picture i; `start_kernel`, `start_bias`, fitted on the training split.
+        (folds, k), the heads that did not see picture i; `start_kernel`, `start_bias`, fitted on the training split;
+        `held_out` (h,), the pictures on which graphs are judged, and `held_out_pooled` (h, 1280), their embeddings.
     """
-    both = [probed(train), probed(val)]
+    both = [_probed(train), _probed(val)]
     x = np.concatenate([part.pooled for part in both])
     labels = np.concatenate([part.labels for part in both])
     groups = np.concatenate([both[0].groups, both[1].groups + len(train.rows)])  # no group spans two splits
@@ -139,6 +145,7 @@ def linear_probe(
         curves={"cv_log_loss_by_C": [one[0] for one in tried]},
         val_losses=judged.losses,
     )
+    chosen = np.sort(np.random.default_rng(seed).permutation(n)[:HELD_OUT_IMAGES])
     kernel, bias = head(np.arange(n), with_views, c)
     start_kernel, start_bias = head(np.arange(len(both[0].labels)), with_views, c)
     arrays = {
@@ -148,8 +155,10 @@ def linear_probe(
         "start_bias": start_bias,
         "fold_kernels": np.stack([k for k, _ in heads]),
         "fold_biases": np.stack([b for _, b in heads]),
+        "held_out_pooled": x[chosen],
     }
-    return candidate, {name: array.astype(np.float32) for name, array in arrays.items()} | {"fold_of": fold_of}
+    numbers = {"fold_of": fold_of, "held_out": chosen}
+    return candidate, {name: array.astype(np.float32) for name, array in arrays.items()} | numbers
 
 
 def fine_tuned(
@@ -253,10 +262,116 @@ def fine_tuned(
     return candidate, {"kernel": best_kernel, "bias": best_bias, **arrays}
 
 
-def probed(part: Features) -> Features:
-    """The pictures that the probe looks at: all, or the first PROBE_IMAGES."""
+@dataclass(frozen=True)
+class Lesson:
+    """What the best candidate teaches, so that what is held out has been seen by neither teacher nor student.
+
+    Attributes:
+        teacher: its name.
+        rows: the n pictures that are taught; labels (n,); answers (n, k), the teacher's probabilities.
+        asked: the h held-out pictures; asked_labels (h,).
+        folds: for a probe, for each of its folds which of the n pictures lie outside it, and what the head that has not
+            seen the fold says of them; the held-out pictures are then those that are taught. fold_of (h,).
+    """
+
+    teacher: str
+    rows: list[dataset.Row]
+    labels: NDArray[np.int64]
+    answers: NDArray[Any]
+    asked: list[dataset.Row]
+    asked_labels: NDArray[np.int64]
+    folds: list[tuple[NDArray[np.int64], NDArray[Any]]] = field(default_factory=list)
+    fold_of: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    @classmethod
+    def of_probe(cls, arrays: dict[str, NDArray[Any]], temperature: float, held_out: Pictures) -> Lesson:
+        """What the probe's heads teach of its held-out pictures."""
+        x, fold_of = arrays["held_out_pooled"], arrays["fold_of"][arrays["held_out"]]
+        heads = zip(arrays["fold_kernels"], arrays["fold_biases"], strict=True)
+        folds = []
+        for k, (kernel, bias) in enumerate(heads):
+            rest = np.flatnonzero(fold_of != k)
+            folds.append((rest, bundle.probabilities(x[rest] @ kernel + bias, temperature)))
+        answers = bundle.probabilities(x @ arrays["kernel"] + arrays["bias"], temperature)
+        rows, labels = held_out.rows, held_out.labels
+        return cls("linear_probe", rows, labels, answers, rows, labels, folds, fold_of)
+
+
+def small_input(
+    small: tuple[Floats, Floats],
+    lesson: Lesson,
+    n_classes: int,
+) -> tuple[Candidate, dict[str, NDArray[Any]]]:
+    """A head for the network on a smaller picture, distilled from the best candidate (Hinton et al. 2015).
+
+    Each target is half the teacher's calibrated answer and half the label.
+
+    Args:
+        small: (n, 1280) and (h, 1280) embeddings of the lesson's training and held-out pictures.
+
+    Returns:
+        The candidate, and `kernel`, `bias`; for a lesson in folds `fold_kernels` and `fold_biases` too; `logits` (h, k)
+        of the held-out pictures.
+    """
+    x, asked = small
+    weights = len(lesson.labels) / (n_classes * np.maximum(np.bincount(lesson.labels, minlength=n_classes), 1))
+
+    def head(rows: NDArray[np.int64], answers: NDArray[Any], c: float) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Soft targets are each picture once for each class, weighted by the target."""
+        truth = np.eye(n_classes)[lesson.labels[rows]]
+        targets = TEACHER_SHARE * answers + (1 - TEACHER_SHARE) * truth
+        targets *= weights[lesson.labels[rows], np.newaxis]
+        every = np.tile(np.arange(n_classes), len(rows))
+        return _logistic(np.repeat(x[rows], n_classes, axis=0), every, c, n_classes, targets.ravel())
+
+    tried = []
+    for c in SMALL_C:
+        if lesson.folds:
+            heads = [head(rest, answers, c) for rest, answers in lesson.folds]
+            kernels, biases = np.stack([k for k, _ in heads]), np.stack([b for _, b in heads])
+            logits = by_fold(asked, lesson.fold_of, kernels, biases)
+            arrays = {"fold_kernels": kernels, "fold_biases": biases}
+        else:
+            kernel, bias = head(np.arange(len(x)), lesson.answers, c)
+            logits, arrays = asked @ kernel + bias, {}
+        tried.append((judge(logits, lesson.asked_labels), c, logits, arrays))
+    judged, c, logits, arrays = min(tried, key=lambda one: one[0].loss)
+    kernel, bias = head(np.arange(len(x)), lesson.answers, c)
+    candidate = Candidate(
+        name="small_input",
+        servable=True,
+        val_accuracy=judged.accuracy,
+        val_log_loss=judged.loss,
+        temperature=judged.temperature,
+        seconds=0.0,
+        params={
+            "C": c,
+            "size": model.SMALL_SIZE,
+            "teacher": lesson.teacher,
+            "teacher_share": TEACHER_SHARE,
+            "images": len(x),
+            "judged_on": f"{len(asked)} {'cross-validated' if lesson.folds else 'validation'} images",
+        },
+        curves={"log_loss_by_C": [one[0].loss for one in tried]},
+        note=f"a cheaper graph of {lesson.teacher}",
+        val_losses=judged.losses,
+    )
+    arrays |= {"kernel": kernel, "bias": bias, "logits": logits}
+    return candidate, {name: array.astype(np.float32) for name, array in arrays.items()}
+
+
+def _probed(part: Features) -> Features:
     n = min(len(part.rows), PROBE_IMAGES)
     return replace(part, rows=part.rows[:n], labels=part.labels[:n], groups=part.groups[:n], pooled=part.pooled[:n])
+
+
+def held_out(arrays: dict[str, NDArray[Any]], train: Pictures, val: Pictures) -> Pictures:
+    """The pictures on which graphs with a probe's heads are judged."""
+    rows = [*train.rows[:PROBE_IMAGES], *val.rows[:PROBE_IMAGES]]
+    labels = np.concatenate([train.labels[:PROBE_IMAGES], val.labels[:PROBE_IMAGES]])
+    chosen = [rows[i] for i in arrays["held_out"]]
+    groups = np.unique([row.group for row in chosen], return_inverse=True)[1].astype(np.int64)
+    return Pictures(chosen, labels[arrays["held_out"]], groups)
 
 
 def by_fold(
@@ -270,14 +385,16 @@ def by_fold(
 
 
 def _logistic(
-    x: NDArray[Any], y: NDArray[np.int64], c: float, n_classes: int
+    x: NDArray[Any], y: NDArray[np.int64], c: float, n_classes: int, weights: NDArray[Any] | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Class-balanced logistic regression on standardised features, folded into kernel (d, n) and bias (n,)."""
     from sklearn.linear_model import LogisticRegression
 
     x = x.astype(np.float64)
     mean, spread = x.mean(axis=0), x.std(axis=0) + 1e-3
-    fitted = LogisticRegression(C=c, class_weight="balanced", max_iter=1000, tol=1e-3).fit((x - mean) / spread, y)
+    balance = "balanced" if weights is None else None
+    fitted = LogisticRegression(C=c, class_weight=balance, max_iter=1000, tol=1e-3)
+    fitted.fit((x - mean) / spread, y, sample_weight=weights)
     coefficients, intercept = fitted.coef_, fitted.intercept_
     if n_classes == 2:  # one row of coefficients: give half of it to each class, so that the map shows both
         coefficients, intercept = np.vstack([-coefficients, coefficients]) / 2, np.hstack([-intercept, intercept]) / 2

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -19,55 +20,60 @@ from numpy.typing import NDArray
 from lawnwatch import bundle, dataset, images, model, registry, unknown
 from lawnwatch.config import GateSettings, Settings
 from lawnwatch.errors import IntegrityError
-from lawnwatch.store import ObjectStore
-from lawnwatch.train.candidates import Candidate, by_fold, judge, probed
-from lawnwatch.train.features import Features, Progress, decoded
+from lawnwatch.train.candidates import HELD_OUT_IMAGES, Candidate, by_fold, held_out, judge
+from lawnwatch.train.checkpoint import Arrays
+from lawnwatch.train.features import Pictures, Progress, decoded
+from lawnwatch.train.materials import Materials
 
 CALIBRATION = "calibration.json"
-HELD_OUT_IMAGES = 2000  # pictures on which a graph is calibrated and its variants are compared
 QUANTIZE_IMAGES = 40  # pictures whose activations set the ranges of int8
+SMALL = "small_int8"
 
 
 def export(
-    settings: Settings,
-    store: ObjectStore,
-    snapshot: dataset.Snapshot,
+    materials: Materials,
     fingerprint: str,
-    work: Path,
-    network: model.Network,
-    trained: dict[str, NDArray[Any]],
-    features: tuple[Features, Features],
+    home: Path,
     best: Candidate,
-    weights: model.Weights,
+    trained: Arrays,
+    small: Arrays | None,
     reason: str,
     progress: Progress,
 ) -> None:
-    """Write `work/model`: the graphs, calibration, the Keras weights and what they are; sealed with hashes.
+    """Write the folder `home`: the graphs, calibration, the Keras weights and what they are; sealed with hashes.
 
-    Files beside `model.json`: `model.tflite`, the graph that is served; the other variant; `calibration.json`;
-    `unknown.npz`; `model.weights.h5`.
+    Files beside `model.json`: `model.tflite`, the graph that is served; the other variants; `calibration.json`;
+    `unknown.npz`; `model.weights.h5`; and in `home.parent/keras` the Keras model as MLflow loads it.
+
+    Args:
+        best: the candidate that is exported. trained: its arrays.
+        small: the arrays of the head that was distilled from it for smaller pictures; None leaves that variant out.
     """
-    home = work / "model"
     if (home / "files.json").exists():
         progress("The exported model is kept from the run that was cut off.")
         return
     clock = time.monotonic()
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
-    n = len(snapshot.classes)
-    whole = model.build(network, n)
-    model.set_head(whole, trained["kernel"], trained["bias"])
-    ranges = decoded(settings, store, snapshot, features[0].rows[:QUANTIZE_IMAGES])
-    graphs = {"float32": model.export_litert(whole), "int8": model.export_litert(whole, ranges=ranges)}
+    settings, snapshot, n = materials.settings, materials.snapshot, materials.classes
+    whole = answering(materials.network, trained, n)
+    read = partial(decoded, settings, materials.store, snapshot)
+    ranges = read(materials.pictures[0].rows[:QUANTIZE_IMAGES])
+    graphs = model.export_litert(whole, ranges)
     difference = _compare(whole, graphs["float32"], n, ranges[:8])
-    progress(f"Exported {best.name} in float32 and int8 ({time.monotonic() - clock:.0f} s); comparing the two.")
+    if small is not None:
+        cheaper = answering(materials.small_network, small, n)
+        graphs[SMALL] = model.export_litert(cheaper, ranges, ["int8"])["int8"]
+    progress(f"Exported {best.name} as {', '.join(graphs)} ({time.monotonic() - clock:.0f} s); comparing them.")
 
-    asked = _Asked(settings, store, snapshot, features, trained)
-    served, variants = _choose_variant(settings.gate, asked, whole, graphs, ranges)
-    progress(variants["int8"].reason)
+    asked = Asked(read, materials.pictures, trained, n)
+    heads = dict.fromkeys(graphs, trained) | ({SMALL: small} if small is not None else {})
+    served, variants = _choose_variant(settings.gate, asked, whole, graphs, heads, ranges)
+    for variant in variants.values():
+        progress(variant.reason)
     for name, variant in variants.items():
         (home / variant.file).write_bytes(graphs[name])
-    calibration, detector, comparison = _calibrate(settings, asked, graphs[served])
+    calibration, detector, comparison = _calibrate(settings, asked, graphs[served], heads[served])
     progress(
         f"Calibrated on {calibration['images']} held-out images: temperature {calibration['temperature']:.2f}, "
         f"ECE {calibration['ece']:.3f}; unknown from {detector.spec.threshold:.2f} on."
@@ -83,12 +89,12 @@ def export(
         "snapshot": snapshot.id,
         "fingerprint": fingerprint,
         "samples": snapshot.samples,
-        "weights": weights.describe(),
+        "weights": materials.weights.describe(),
         "git_commit": git_commit(settings),
         "reason": reason,
         "created_at": datetime.now(UTC).isoformat(),
         "inputs": {name: spec.model_dump() for name, spec in model.describe_inputs().items()},
-        "outputs": {name: spec.model_dump() for name, spec in model.describe_outputs(n).items()},
+        "outputs": {name: spec.model_dump() for name, spec in model.describe_outputs(graphs[served], n).items()},
         "variants": {name: variant.model_dump() for name, variant in variants.items()},
         "served": served,
         "litert_max_difference": difference,
@@ -99,6 +105,16 @@ def export(
         f"Exported {best.name}: {served} is served ({len(graphs[served]) / 1e6:.1f} MB, "
         f"{time.monotonic() - clock:.0f} s); float32's logits differ from Keras' by {difference:.1e} at most."
     )
+
+
+def answering(network: model.Network, trained: Arrays, n_classes: int) -> Any:
+    """The whole Keras model with a candidate's weights."""
+    top = [trained[name] for name in sorted(trained) if name.startswith("top_")]
+    if top:
+        network.top.set_weights(top)
+    whole = model.build(network, n_classes)
+    model.set_head(whole, trained["kernel"], trained["bias"])
+    return whole
 
 
 def _compare(whole: Any, graph: bytes, n_classes: int, pictures: NDArray[np.uint8]) -> float:
@@ -116,56 +132,60 @@ def _compare(whole: Any, graph: bytes, n_classes: int, pictures: NDArray[np.uint
     return worst
 
 
-class _Asked:
+class Asked:
     """What graphs say of training and validation pictures, by heads that have not seen them.
 
-    For a probe, whose network was trained on none of these pictures, that is every picture, by the head of the fold
-    that left it out; for a tuned network the validation pictures.
+    For a probe, whose network was trained on none of these pictures, that is a draw of all of them, each by the head of
+    the fold that left it out; for a tuned network the validation pictures.
+
+    Args:
+        read: pictures as serving sees them.
+        pictures: of the training and of the validation split.
+        trained: the arrays of the candidate.
+        classes: how many there are.
 
     Attributes:
-        labels: (n,). groups: (n,), None when the answers are not cross-validated. classes: how many there are.
+        labels: (n,). groups: (n,), None when the answers are not cross-validated.
     """
 
     def __init__(
         self,
-        settings: Settings,
-        store: ObjectStore,
-        snapshot: dataset.Snapshot,
-        features: tuple[Features, Features],
-        trained: dict[str, NDArray[Any]],
+        read: Callable[[Sequence[dataset.Row]], NDArray[np.uint8]],
+        pictures: tuple[Pictures, Pictures],
+        trained: Arrays,
+        classes: int,
     ) -> None:
-        train, val = features
-        self._read = partial(decoded, settings, store, snapshot)
-        self.classes = len(snapshot.classes)
+        train, val = pictures
+        self._read = read
         self._train = train
+        self._trained = trained
+        self.classes = classes
+        self.groups: NDArray[np.int64] | None = None
         if "fold_of" in trained:
-            parts = probed(train), probed(val)
-            first = [*parts[0].rows, *parts[1].rows]
-            self._chosen = np.sort(np.random.default_rng(settings.train.seed).permutation(len(first))[:HELD_OUT_IMAGES])
-            self._rows = [first[i] for i in self._chosen]
-            self.labels = np.concatenate([part.labels for part in parts])[self._chosen]
-            self.groups: NDArray[np.int64] | None = np.unique([row.group for row in self._rows], return_inverse=True)[1]
-            self._heads = trained["fold_of"][self._chosen], trained["fold_kernels"], trained["fold_biases"]
-            self._keras = np.concatenate([part.pooled for part in parts])[self._chosen]
+            chosen = held_out(trained, train, val)
+            self.rows, self.labels, self.groups = chosen.rows, chosen.labels, chosen.groups
         else:
-            self._rows, self.labels, self.groups = val.rows[:HELD_OUT_IMAGES], val.labels[:HELD_OUT_IMAGES], None
+            self.rows, self.labels = val.rows[:HELD_OUT_IMAGES], val.labels[:HELD_OUT_IMAGES]
 
     def keras(self, whole: Any) -> NDArray[Any]:
         """(n, k) logits of the Keras model."""
         if self.groups is not None:
-            return by_fold(self._keras, *self._heads)
-        parts = [np.asarray(whole(pictures, training=False)["logits"]) for pictures in self._batches(self._rows)]
-        return np.concatenate(parts)
+            return self._by_fold(self._trained["held_out_pooled"], self._trained)
+        return np.concatenate([np.asarray(whole(some, training=False)["logits"]) for some in self._batches(self.rows)])
 
-    def graph(self, data: bytes) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        """(n, k) logits and (n, d) embeddings of a graph."""
-        logits, embeddings = self._run(data, self._rows)
-        return (by_fold(embeddings, *self._heads) if self.groups is not None else logits), embeddings
+    def graph(self, data: bytes, heads: Arrays) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """(n, k) logits and (n, d) embeddings of a graph, by the fold heads of its candidate where there are some."""
+        logits, embeddings = self._run(data, self.rows)
+        return (self._by_fold(embeddings, heads) if self.groups is not None else logits), embeddings
 
     def trained_on(self, data: bytes) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """(m, d) embeddings and (m,) labels of training pictures, for a network that was tuned on them."""
         some = self._train.rows[:HELD_OUT_IMAGES]
         return self._run(data, some)[1], self._train.labels[: len(some)]
+
+    def _by_fold(self, embeddings: NDArray[Any], heads: Arrays) -> NDArray[np.float64]:
+        fold_of = self._trained["fold_of"][self._trained["held_out"]]
+        return by_fold(embeddings, fold_of, heads["fold_kernels"], heads["fold_biases"])
 
     def _run(self, data: bytes, rows: Sequence[dataset.Row]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         graph = bundle.Graph(data, classes=self.classes)
@@ -178,65 +198,79 @@ class _Asked:
 
 
 def _choose_variant(
-    policy: GateSettings, asked: _Asked, whole: Any, graphs: dict[str, bytes], pictures: NDArray[np.uint8]
+    policy: GateSettings,
+    asked: Asked,
+    whole: Any,
+    graphs: dict[str, bytes],
+    heads: dict[str, Arrays],
+    pictures: NDArray[np.uint8],
 ) -> tuple[str, dict[str, bundle.Variant]]:
-    """Which graph is served: int8 when it is not worse than the Keras model, paired, and faster than float32."""
+    """Which graph is served: the fastest of those that pass.
+
+    A graph passes when on the same held-out pictures its accuracy is at most `variant_loss` below the Keras model's,
+    its log loss is within one standard error of that model's, and it is faster than float32.
+    """
     n = len(asked.labels)
-    keras = asked.keras(whole).argmax(axis=1)
-    speedup = _speedup(graphs["float32"], graphs["int8"], asked.classes, pictures)
-    try:
-        small = asked.graph(graphs["int8"])[0].argmax(axis=1)
-    except IntegrityError as error:
-        change, changed, passed, said = -1.0, n, False, error.message
-    else:
-        change = float((small == asked.labels).mean() - (keras == asked.labels).mean())
-        changed = int((small != keras).sum())
-        passed = change >= -policy.variant_loss and speedup >= policy.variant_speedup
-        said = (
-            f"int8 answers {changed} of {n} held-out images otherwise than Keras; its accuracy is {change:+.1%} "
-            f"({-policy.variant_loss:+.1%} is allowed), its speed {speedup:.2f} times float32's "
-            f"({policy.variant_speedup} is asked): it is {'served' if passed else 'not served'}."
-        )
-    served = "int8" if passed else "float32"
-    files = {name: bundle.MODEL if name == served else f"model_{name}.tflite" for name in graphs}
+    keras = asked.keras(whole)
+    answers, reference = keras.argmax(axis=1), judge(keras, asked.labels)
+    spread = float(np.std(reference.losses, ddof=1) / math.sqrt(n)) if n > 1 else math.inf
+    speedups = _speedups(graphs, asked.classes, pictures)
+    found: dict[str, dict[str, Any]] = {"float32": {"reason": "What the others are compared with."}}
+    for name in graphs.keys() - {"float32"}:
+        speedup = round(speedups[name], 2)
+        try:
+            logits = asked.graph(graphs[name], heads[name])[0]
+        except IntegrityError as error:
+            said = f"{name}: {error.message}"
+            found[name] = {"accuracy_change": -1.0, "changed_answers": n, "speedup": speedup, "passed": False}
+        else:
+            change = float((logits.argmax(axis=1) == asked.labels).mean() - (answers == asked.labels).mean())
+            behind = judge(logits, asked.labels).loss - reference.loss
+            passed = change >= -policy.variant_loss and behind <= spread and speedup >= policy.variant_speedup
+            changed = int((logits.argmax(axis=1) != answers).sum())
+            said = (
+                f"{name} answers {changed} of {n} held-out images otherwise than Keras; accuracy {change:+.1%} "
+                f"({-policy.variant_loss:+.1%} is allowed), log loss {behind:+.3f} ({spread:+.3f} is), speed "
+                f"{speedup:.2f} times float32's ({policy.variant_speedup} is asked): it "
+                f"{'may' if passed else 'must not'} be served."
+            )
+            found[name] = {
+                "accuracy_change": change, "changed_answers": changed, "speedup": speedup, "passed": passed,
+            }  # fmt: skip
+        found[name]["reason"] = said
+    served = max(("float32", *(name for name in found if found[name].get("passed"))), key=lambda name: speedups[name])
     return served, {
-        "float32": bundle.Variant(
-            file=files["float32"], arithmetic="float32", images=n, reason="What the others are compared with."
-        ),
-        "int8": bundle.Variant(
-            file=files["int8"],
-            arithmetic="int8",
+        name: bundle.Variant(
+            file=bundle.MODEL if name == served else f"model_{name}.tflite",
+            arithmetic="float32" if name == "float32" else "int8",
             images=n,
-            accuracy_change=change,
-            changed_answers=changed,
-            speedup=round(speedup, 2),
-            passed=passed,
-            reason=said,
-        ),
+            **found[name],
+        )
+        for name in graphs
     }
 
 
-def _speedup(slow: bytes, fast: bytes, n_classes: int, pictures: NDArray[np.uint8]) -> float:
-    """How many times as fast one graph is as another, one thread: they take turns, so that a busy machine slows both.
+def _speedups(graphs: dict[str, bytes], n_classes: int, pictures: NDArray[np.uint8]) -> dict[str, float]:
+    """How many times as fast as float32 each graph is, one thread: they take turns, so that a busy machine slows all.
 
     Of each picture the quickest of some turns counts, of the pictures the median.
     """
-    graphs = [bundle.Graph(data, classes=n_classes) for data in (slow, fast)]
-    times = np.full((2, min(len(pictures), 10)), np.inf)
+    runners = {name: bundle.Graph(data, classes=n_classes) for name, data in graphs.items()}
+    times = {name: np.full(min(len(pictures), 10), np.inf) for name in graphs}
     for _ in range(6):
-        for j in range(times.shape[1]):
-            for i, graph in enumerate(graphs):
+        for j in range(min(len(pictures), 10)):
+            for name, graph in runners.items():
                 begun = time.perf_counter()
                 graph(pictures[j])
-                times[i, j] = min(times[i, j], time.perf_counter() - begun)
-    return float(np.median(times[0]) / np.median(times[1]))
+                times[name][j] = min(times[name][j], time.perf_counter() - begun)
+    return {name: float(np.median(times["float32"]) / np.median(each)) for name, each in times.items()}
 
 
 def _calibrate(
-    settings: Settings, asked: _Asked, graph: bytes
+    settings: Settings, asked: Asked, graph: bytes, heads: Arrays
 ) -> tuple[dict[str, Any], unknown.Fitted, list[dict[str, Any]]]:
     """Temperature and detector of a graph, from its answers to pictures its head has not seen."""
-    logits, embeddings = asked.graph(graph)
+    logits, embeddings = asked.graph(graph, heads)
     judged = judge(logits, asked.labels)
     p = bundle.probabilities(logits, judged.temperature)
     kinds, pictures = unknown.strangers(model.SIZE)

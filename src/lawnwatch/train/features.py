@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
 import math
 import os
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Sequence
@@ -24,10 +26,11 @@ from lawnwatch.config import Settings
 from lawnwatch.store import ObjectStore
 
 # Changes whenever the code of this package would train something else from the same input.
-RECIPE = "2"
+RECIPE = "3"
 VIEWS = 4  # augmented views of a training picture, beside the picture itself
 VIEW_SIZE = 256  # side from which augmented views are cropped
-FINE_TUNE_IMAGES = 2000  # cut activations take 37 kB a view; beyond this, fine-tuning draws from so many pictures
+PROBE_IMAGES = 10_000  # a head of 1280 numbers a class learns nothing from more; beyond this, the first by hash
+VIEWED_IMAGES = 2000  # cut activations take 37 kB a view; beyond this, so many pictures are seen in views
 PREPARED_AT_ONCE = 2  # pictures decoded and augmented beside the network, which takes every core it gets
 COLOR_FEATURES = 8 * 8 + 8 + 6 + 2
 
@@ -36,30 +39,49 @@ Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Features:
-    """What the frozen network and the baseline say of a split.
+class Pictures:
+    """The n pictures of a split, or the first of them.
 
     Attributes:
-        rows: the n pictures, by hash: the first few are then a fair draw over classes and sources.
+        rows: by hash: the first few are then a fair draw over classes and sources.
         labels: (n,) int64, index into the snapshot's classes.
         groups: (n,) int64; copies of one picture share a number.
-        pooled: (n, 1280) float32 of the pictures as serving sees them; on disk, so that memory does not grow with n.
-        views: (m, VIEWS, 1280) float32 of the augmented views of the first m pictures.
-        cut: (m, VIEWS + 1, 14, 14, 96) float16 of these pictures and their views; (0, ...) when nothing is fine-tuned.
-        color: (n, k) float32.
     """
 
     rows: list[dataset.Row]
     labels: NDArray[np.int64]
     groups: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, snapshot: dataset.Snapshot, split: str, limit: int | None = None) -> Pictures:
+        """A split's pictures; the first `limit` of them when that is given."""
+        rows = sorted(snapshot.split(split), key=lambda row: str(row.sha256))[:limit]
+        labels = np.array([snapshot.classes.index(row.label) for row in rows], dtype=np.int64)
+        groups = np.unique([row.group for row in rows], return_inverse=True)[1].astype(np.int64)
+        return cls(rows, labels, groups)
+
+
+@dataclass(frozen=True)
+class Features(Pictures):
+    """What the frozen network says of them.
+
+    Attributes:
+        pooled: (n, 1280) float32 of the pictures as serving sees them; on disk, so that memory does not grow with n.
+        views: (m, VIEWS, 1280) float32 of the augmented views of the first m pictures.
+        cut: (m, VIEWS + 1, 14, 14, 96) float16 of these pictures and their views; (0, ...) when nothing is fine-tuned.
+    """
+
     pooled: Floats
     views: Floats
     cut: NDArray[np.float16]
-    color: Floats
 
 
 class Extractor:
-    """Runs the frozen network over pictures and their views, once; results are cached by content."""
+    """Runs the frozen network over pictures and their views, once; results are cached by content.
+
+    Args:
+        basis: what tells this network from others.
+    """
 
     def __init__(self, settings: Settings, store: ObjectStore, network: model.Network, basis: str) -> None:
         tf = model.tensorflow()
@@ -77,38 +99,50 @@ class Extractor:
         self._forward = tf.function(forward, input_signature=signature)
 
     def features(
-        self, snapshot: dataset.Snapshot, split: str, work: Path, *, cuts: bool, progress: Progress
+        self,
+        pictures: Pictures,
+        work: Path,
+        *,
+        classes: list[str],
+        name: str,
+        progress: Progress,
+        views: int = VIEWS,
+        cuts: bool = False,
     ) -> Features:
-        """Features of a split; those of every picture are kept in a file below `work`.
+        """Features of pictures; those of every picture are kept in a file below `work` that goes with them.
+
+        Of several processes at once one computes, and the others wait to find its results.
 
         Args:
-            cuts: whether the cut activations are wanted too.
+            name: of the pictures, for people.
+            views: how many augmented views are wanted too. cuts: whether the cut activations are.
         """
-        rows = sorted(snapshot.split(split), key=lambda row: str(row.sha256))
-        viewed = min(len(rows), FINE_TUNE_IMAGES)
-        shape = (len(rows), model.EMBEDDING)
-        pooled = np.lib.format.open_memmap(work / f"pooled_{split}.npy", mode="w+", dtype=np.float32, shape=shape)
-        views = np.zeros((viewed, VIEWS, model.EMBEDDING), np.float32)
-        cut = np.zeros((viewed if cuts else 0, VIEWS + 1, *model.CUT_SHAPE), np.float16)
-        color = np.zeros((len(rows), COLOR_FEATURES), np.float32)
+        rows = pictures.rows
+        viewed = min(len(rows), VIEWED_IMAGES) if views else 0
+        # Without a name on disk: two processes at once never share it, and none is left behind.
+        with tempfile.TemporaryFile(dir=work) as file:
+            pooled = np.memmap(file, mode="w+", dtype=np.float32, shape=(len(rows), model.EMBEDDING))
+        seen = np.zeros((viewed, views, model.EMBEDDING), np.float32)
+        cut = np.zeros((viewed if cuts else 0, views + 1, *model.CUT_SHAPE), np.float16)
         said = time.monotonic()
 
         def keep(i: int, arrays: dict[str, NDArray[Any]]) -> None:
             nonlocal said
-            pooled[i], color[i] = arrays["pooled"][0], arrays["color"]
+            pooled[i] = arrays["pooled"][0]
             if i < viewed:
-                views[i] = arrays["pooled"][1:]
+                seen[i] = arrays["pooled"][1:]
             if i < len(cut):
                 cut[i] = arrays["cut"]
             if time.monotonic() - said > 10:
                 said = time.monotonic()
-                progress(f"Features of the {split} split: {i + 1} of {len(rows)} images.")
+                progress(f"Features of the {name}: {i + 1} of {len(rows)} images.")
 
-        self._each(rows[:viewed], snapshot.classes, VIEWS, cuts, keep)
-        self._each(rows[viewed:], snapshot.classes, 0, False, lambda i, arrays: keep(viewed + i, arrays))
-        labels = np.array([snapshot.classes.index(row.label) for row in rows], dtype=np.int64)
-        groups = np.unique([row.group for row in rows], return_inverse=True)[1].astype(np.int64)
-        return Features(rows, labels, groups, pooled, views, cut, color)
+        self._cache.mkdir(parents=True, exist_ok=True)
+        with (self._cache / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._each(rows[:viewed], classes, views, cuts, keep)
+            self._each(rows[viewed:], classes, 0, False, lambda i, arrays: keep(viewed + i, arrays))
+        return Features(rows, pictures.labels, pictures.groups, pooled, seen, cut)
 
     def _each(
         self,
@@ -122,6 +156,8 @@ class Extractor:
         missing = []
         for i, row in enumerate(rows):
             known = self._known(self._file(row, cuts, views))
+            if known is None and not cuts:  # what is kept with cuts serves as well
+                known = self._known(self._file(row, True, views))
             if known is None:
                 missing.append(i)
             else:
@@ -141,9 +177,9 @@ class Extractor:
         for pictures, _ in prepared:
             outputs = (part.numpy() for part in self._forward(pictures.reshape(-1, *pictures.shape[2:])))
             cuts_of, pooled_of = (part.reshape(*pictures.shape[:2], *part.shape[1:]) for part in outputs)
-            for seen, cut_of, pool_of in zip(pictures, cuts_of, pooled_of, strict=True):
+            for cut_of, pool_of in zip(cuts_of, pooled_of, strict=True):
                 i = next(waiting)
-                arrays = {"color": color_features(seen[0]), "pooled": pool_of}
+                arrays = {"pooled": pool_of}
                 if cuts:
                     arrays["cut"] = cut_of
                 buffer = io.BytesIO()
@@ -207,6 +243,20 @@ def augment(rgb: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint
         # Channels go in and come out in the same order, whatever OpenCV calls them.
         return np.asarray(cv2.imdecode(cv2.imencode(".jpg", view, quality)[1], cv2.IMREAD_COLOR), dtype=np.uint8)
     return np.asarray(view, dtype=np.uint8)
+
+
+def colors(settings: Settings, store: ObjectStore, snapshot: dataset.Snapshot, rows: Sequence[dataset.Row]) -> Floats:
+    """(n, COLOR_FEATURES) float32 of pictures, for the baseline; no network runs."""
+    found = dataset.Stream(
+        rows,
+        store,
+        dataset.ObjectCache.of(settings),
+        classes=snapshot.classes,
+        batch=32,
+        prepare=dataset.decoder(model.SIZE, max_pixels=settings.images.max_pixels),
+        shape=(model.SIZE, model.SIZE, 3),
+    )
+    return np.stack([color_features(picture) for pictures, _ in found for picture in pictures])
 
 
 def color_features(rgb: NDArray[np.uint8]) -> Floats:

@@ -7,37 +7,72 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from lawnwatch import dataset, images, model, registry
+from lawnwatch import bundle, dataset, images, model, registry
 from lawnwatch.catalog import Catalog
 from lawnwatch.config import Settings
 from lawnwatch.errors import DataError, SettingsError, Unavailable
 from lawnwatch.store import ObjectStore
-from lawnwatch.train.candidates import CANDIDATES, Candidate, color_baseline, fine_tuned, linear_probe, pick
-from lawnwatch.train.export import export
-from lawnwatch.train.features import RECIPE, Extractor, Progress, first_pictures, write_whole
+from lawnwatch.train.candidates import (
+    CANDIDATES,
+    HELD_OUT_IMAGES,
+    TEACHERS,
+    Candidate,
+    Lesson,
+    color_baseline,
+    fine_tuned,
+    held_out,
+    linear_probe,
+    pick,
+    small_input,
+)
+from lawnwatch.train.checkpoint import Arrays, Checkpoint
+from lawnwatch.train.export import answering, export
+from lawnwatch.train.features import PROBE_IMAGES, RECIPE, Progress, decoded
+from lawnwatch.train.materials import Materials
 from lawnwatch.train.tracking import record, summary
-
-SPLITS = ("train", "validation")
 
 
 @dataclass(frozen=True)
 class Check:
-    """Whether there is anything to train on."""
+    """Whether there is anything to train on.
+
+    Attributes:
+        candidates: those that can be trained side by side, each as a step of its own; none when unchanged.
+    """
 
     unchanged: bool
     snapshot: str
     fingerprint: str
     champion_version: int
+    candidates: list[str]
+    message: str
+
+
+@dataclass(frozen=True)
+class CandidateResult:
+    """What training one candidate came to.
+
+    Attributes:
+        kept: it had been trained before, and nothing was done.
+    """
+
+    name: str
+    snapshot: str
+    fingerprint: str
+    val_accuracy: float
+    val_log_loss: float | None
+    seconds: float
+    kept: bool
+    note: str
     message: str
 
 
@@ -94,7 +129,18 @@ def _check(settings: Settings, catalog: Catalog, snapshot: dataset.Snapshot, *, 
         message = f"Snapshot, settings or code differ from those of champion v{version}: there is something to train."
     else:
         message = "There is no champion yet: there is something to train."
-    return Check(same and not force, snapshot.id, fingerprint, version, message)
+    unchanged = same and not force
+    apart = [] if unchanged else [name for name in _wanted(settings) if name != "small_input"]
+    return Check(unchanged, snapshot.id, fingerprint, version, apart, message)
+
+
+def _wanted(settings: Settings) -> list[str]:
+    """The candidates that these settings lead to, in order."""
+    wanted = [name for name in CANDIDATES if name in (settings.train.candidates or CANDIDATES)]
+    # Random weights carry too little signal for training blocks on them, or for a second size, to be worth its time.
+    left_out = {"fine_tuned", "small_input"} if settings.weights == "none" else set()
+    left_out |= {"fine_tuned"} if settings.train.fine_tune_epochs == 0 else set()
+    return [name for name in wanted if name not in left_out]
 
 
 def fingerprint_of(settings: Settings, snapshot: dataset.Snapshot, weights: model.Weights) -> str:
@@ -102,11 +148,59 @@ def fingerprint_of(settings: Settings, snapshot: dataset.Snapshot, weights: mode
     read = {
         "recipe": RECIPE,
         "snapshot": snapshot.id,
-        "train": settings.train.model_dump(mode="json"),
+        "train": settings.train.model_dump(mode="json", exclude={"device"}),
         "weights": weights.sha256,
         "preprocessing": images.PREPROCESSING,
     }
     return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
+
+
+def run_candidate(
+    settings: Settings,
+    catalog: Catalog,
+    store: ObjectStore,
+    name: str,
+    *,
+    snapshot_id: str | None = None,
+    progress: Progress,
+) -> CandidateResult:
+    """Train one candidate and leave it in the store for `run`, which is started afterwards with the same settings.
+
+    Args:
+        name: one of those that `check` names.
+        snapshot_id: the newest snapshot when None.
+
+    Raises:
+        SettingsError: these settings train no such candidate, or the weights file is missing.
+        NotFound: no such snapshot. DataError: the snapshot cannot be trained on.
+        Unavailable: the store or the weights' download does not answer.
+    """
+    snapshot = dataset.load_snapshot(catalog, store, snapshot_id or "latest")
+    must_be_trainable(snapshot)
+    found = _check(settings, catalog, snapshot, force=True, reason="")
+    if name not in found.candidates:
+        raise SettingsError(
+            f"there is no candidate {name[:40]!r} to train by itself.",
+            hint=f"Name one of {', '.join(found.candidates)}.",
+        )
+    begun = time.monotonic()
+    checkpoint = Checkpoint(store, found.fingerprint)
+    kept = checkpoint.load(name) is not None
+    with _workplace(settings, found.fingerprint) as work:
+        materials = Materials(settings, store, snapshot, work, cuts=name == "fine_tuned", progress=progress)
+        candidate, _ = _trained(name, materials, checkpoint, begun, progress)
+    said = "had been trained before" if kept else f"trained in {candidate.seconds:.0f} s"
+    return CandidateResult(
+        name=name,
+        snapshot=snapshot.id,
+        fingerprint=found.fingerprint,
+        val_accuracy=candidate.val_accuracy,
+        val_log_loss=candidate.val_log_loss if math.isfinite(candidate.val_log_loss) else None,
+        seconds=round(candidate.seconds, 1),
+        kept=kept,
+        note=candidate.note,
+        message=f"{name} {said}; validation accuracy {candidate.val_accuracy:.1%}.",
+    )
 
 
 def run(
@@ -117,14 +211,16 @@ def run(
     snapshot_id: str | None = None,
     force: bool = False,
     reason: str = "",
+    resume: bool = True,
     progress: Progress,
 ) -> TrainResult:
-    """Train the candidates on a snapshot, export the best, log it all as one MLflow run with nested runs.
+    """Train the candidates that are not trained yet, export the best, log it all as one MLflow run with nested runs.
 
     Args:
         snapshot_id: the newest snapshot when None.
         force: train even when nothing has changed.
         reason: why; recorded with the run.
+        resume: take what an earlier run, or `run_candidate`, left in the store.
         progress: called with a line for people at each step.
 
     Raises:
@@ -154,14 +250,15 @@ def run(
                 message = f"This training was done before, as run {done[0].info.run_id}."
                 return _recorded(done[0], snapshot, unchanged=False, message=message)
 
-    work = settings.home / "cache" / "train" / found.fingerprint
-    # Many small systems are solved: threads of linear algebra wait for one another longer than they work.
-    with _disk(work), threadpool_limits(1, "blas"):
-        work.mkdir(parents=True, exist_ok=True)
-        candidates, best = _compute(settings, store, snapshot, found.fingerprint, work, reason, begun, progress)
+    checkpoint = Checkpoint(store, found.fingerprint)
+    if not resume:
+        checkpoint.clear()
+    with _workplace(settings, found.fingerprint) as work:
+        candidates, best = _compute(settings, store, snapshot, checkpoint, work, reason, begun, progress)
     progress("Logging the run to MLflow.")
     run_id = record(settings, experiment, snapshot, found.fingerprint, work, candidates, best, reason, force)
     shutil.rmtree(work, ignore_errors=True)
+    checkpoint.clear()
     seconds = time.monotonic() - begun
     return TrainResult(
         run_id=run_id,
@@ -180,88 +277,108 @@ def _compute(
     settings: Settings,
     store: ObjectStore,
     snapshot: dataset.Snapshot,
-    fingerprint: str,
+    checkpoint: Checkpoint,
     work: Path,
     reason: str,
     begun: float,
     progress: Progress,
 ) -> tuple[list[Candidate], Candidate]:
-    """Train what is not yet in `work`, export the best to `work/model`. Repeating it repeats nothing."""
-    weights = model.find_weights(settings.weights)
-    progress(f"Starting TensorFlow and MobileNetV2 with weights {weights.describe()[:60]}.")
-    if weights.source == "none":
-        progress("WARNING: LAWNWATCH_WEIGHTS=none: the network starts from random weights; expect poor accuracy.")
-    model.keras().utils.set_random_seed(settings.train.seed)
-    clock = time.monotonic()
-    # Random weights carry too little signal to the top blocks for training them to be worth its time.
-    wanted = settings.train.candidates or list(CANDIDATES)
-    tune = "fine_tuned" in wanted and settings.train.fine_tune_epochs > 0 and weights.source != "none"
-    pictures, basis = None, weights.sha256
-    if weights.source == "none":
-        pictures, basis = first_pictures(settings, store, snapshot), f"none, scaled on snapshot {snapshot.id}"
-    network = model.load_network(weights, scale_on=pictures)
-    original = network.top.get_weights()
-    extractor = Extractor(settings, store, network, basis)
-    train, val = (extractor.features(snapshot, split, work, cuts=tune, progress=progress) for split in SPLITS)
-    progress(f"Features of {len(train.labels)} + {len(val.labels)} images in {time.monotonic() - clock:.0f} s.")
-    if not (np.isfinite(train.pooled).all() and np.isfinite(val.pooled).all()):
-        raise DataError(
-            "the network's features are not finite numbers: the starting weights are broken.",
-            hint="Set LAWNWATCH_WEIGHTS to an intact file.",
-        )
-
-    n = len(snapshot.classes)
-    candidates: list[Candidate] = []
-
-    def done(name: str, make: Callable[[], tuple[Candidate, dict[str, NDArray[Any]]]]) -> None:
-        place = work / f"{name}.json"
-        if place.exists():
-            candidate = Candidate(**json.loads(place.read_text()))
-            progress(f"{name}: kept from the run that was cut off.")
-        else:
-            clock = time.monotonic()
-            candidate, arrays = make()
-            candidate = replace(candidate, seconds=time.monotonic() - clock)
-            np.savez(work / f"{name}.npz", allow_pickle=False, **arrays)
-            write_whole(place, json.dumps(asdict(candidate)).encode())
-        progress(
-            f"{name}: validation accuracy {candidate.val_accuracy:.1%}, log loss {candidate.val_log_loss:.3f} "
-            f"({candidate.seconds:.0f} s){'; ' + candidate.note if candidate.note else ''}."
-        )
-        if name in wanted:  # fine-tuning starts from the probe, wanted or not
-            candidates.append(candidate)
-
-    if "color_baseline" in wanted:
-        done("color_baseline", lambda: color_baseline(train, val, n))
-    done("linear_probe", lambda: linear_probe(train, val, n, settings.train.seed))
-    if tune:
-        with np.load(work / "linear_probe.npz", allow_pickle=False) as arrays:
-            head = arrays["start_kernel"], arrays["start_bias"]
-        deadline = begun + settings.train.budget_seconds
-        done("fine_tuned", lambda: fine_tuned(settings, network, train, val, head, deadline, progress))
-
-    usable = [c for c in candidates if c.servable and math.isfinite(c.val_log_loss)]
+    """Train what is not in the checkpoint, export the best to `work/model`. Repeating it repeats nothing."""
+    wanted = _wanted(settings)
+    tune = "fine_tuned" in wanted and checkpoint.load("fine_tuned") is None
+    materials = Materials(settings, store, snapshot, work, cuts=tune, progress=progress)
+    trained = {name: _trained(name, materials, checkpoint, begun, progress) for name in wanted if name != "small_input"}
+    usable = [trained[name][0] for name in TEACHERS if name in trained and math.isfinite(trained[name][0].val_log_loss)]
     if not usable:
         raise DataError(
-            "no candidate came out usable: " + "; ".join(f"{c.name}: {c.note or 'no finite loss'}" for c in candidates),
+            "no candidate came out usable: "
+            + "; ".join(f"{name}: {one.note or 'no finite loss'}" for name, (one, _) in trained.items()),
             hint="Look at the labels and the pictures, or at the training settings.",
         )
     best = pick(usable)
-    place = work / f"{best.name}.npz"
-    with np.load(place, allow_pickle=False) as arrays:
-        trained = dict(arrays)
-    network.top.set_weights([trained[name] for name in sorted(trained) if name.startswith("top_")] or original)
-    export(
-        settings, store, snapshot, fingerprint, work, network, trained, (train, val), best, weights, reason, progress
+    if "small_input" in wanted:
+        trained["small_input"] = _distilled(materials, checkpoint, trained[best.name], progress)
+    small = trained["small_input"][1] if "small_input" in trained else None
+    export(materials, checkpoint.fingerprint, work / "model", best, trained[best.name][1], small, reason, progress)
+    return [trained[name][0] for name in wanted], best
+
+
+def _trained(
+    name: str, materials: Materials, checkpoint: Checkpoint, begun: float, progress: Progress
+) -> tuple[Candidate, Arrays]:
+    """A candidate from the checkpoint, or trained now and left there."""
+    found = checkpoint.load(name)
+    if found is not None:
+        progress(f"{name}: kept from what was trained before.")
+        return found
+    settings = materials.settings
+    if name == "color_baseline":
+        (train, val), parts = materials.colors, materials.pictures
+        clock = time.monotonic()
+        made = color_baseline(
+            train, parts[0].labels[:PROBE_IMAGES], val, parts[1].labels[:PROBE_IMAGES], materials.classes
+        )
+    elif name == "linear_probe":
+        train_features, val_features = materials.features
+        clock = time.monotonic()
+        made = linear_probe(train_features, val_features, materials.classes, settings.train.seed)
+    else:
+        probe = _trained("linear_probe", materials, checkpoint, begun, progress)[1]  # where fine-tuning starts
+        train_features, val_features = materials.features
+        clock, deadline = time.monotonic(), begun + settings.train.budget_seconds
+        head = probe["start_kernel"], probe["start_bias"]
+        made = fine_tuned(settings, materials.network, train_features, val_features, head, deadline, progress)
+        materials.restore()
+    return _keep(name, made, time.monotonic() - clock, checkpoint, progress)
+
+
+def _distilled(
+    materials: Materials, checkpoint: Checkpoint, best: tuple[Candidate, Arrays], progress: Progress
+) -> tuple[Candidate, Arrays]:
+    """The cheap candidate, taught by the best."""
+    teacher, arrays = best
+    found = checkpoint.load("small_input")
+    if found is not None and found[0].params.get("teacher") == teacher.name:
+        progress("small_input: kept from what was trained before.")
+        return found
+    clock = time.monotonic()
+    train, val = materials.pictures
+    if "fold_of" in arrays:
+        lesson = Lesson.of_probe(arrays, teacher.temperature, held_out(arrays, train, val))
+    else:
+        whole = answering(materials.network, arrays, materials.classes)
+        rows, asked = train.rows[:HELD_OUT_IMAGES], val.rows[:HELD_OUT_IMAGES]
+        logits = []
+        for start in range(0, len(rows), 64):
+            some = decoded(materials.settings, materials.store, materials.snapshot, rows[start : start + 64])
+            logits.append(np.asarray(whole(some, training=False)["logits"]))
+        answers = bundle.probabilities(np.concatenate(logits), teacher.temperature)
+        lesson = Lesson(
+            teacher.name, rows, train.labels[: len(rows)], answers, asked, val.labels[: len(asked)]
+        )  # the tuned network has seen the training pictures: validation judges
+    known = materials.small_pooled(lesson.rows)
+    asked_pooled = known if lesson.asked is lesson.rows else materials.small_pooled(lesson.asked)
+    made = small_input((known, asked_pooled), lesson, materials.classes)
+    return _keep("small_input", made, time.monotonic() - clock, checkpoint, progress)
+
+
+def _keep(
+    name: str, made: tuple[Candidate, Arrays], seconds: float, checkpoint: Checkpoint, progress: Progress
+) -> tuple[Candidate, Arrays]:
+    candidate = replace(made[0], seconds=seconds)
+    checkpoint.save(name, candidate, made[1])
+    progress(
+        f"{name}: validation accuracy {candidate.val_accuracy:.1%}, log loss {candidate.val_log_loss:.3f} "
+        f"({seconds:.0f} s){'; ' + candidate.note if candidate.note else ''}."
     )
-    return candidates, best
+    return candidate, made[1]
 
 
 def _must_be_known(wanted: Sequence[str]) -> None:
-    if set(wanted) - set(CANDIDATES) or (wanted and not set(wanted) & set(CANDIDATES[1:])):
+    if set(wanted) - set(CANDIDATES) or (wanted and not set(wanted) & set(TEACHERS)):
         raise SettingsError(
             f"the candidates {sorted(wanted)} cannot be trained.",
-            hint=f"Name some of {', '.join(CANDIDATES)}, at least one besides {CANDIDATES[0]}; or none, for all.",
+            hint=f"Name some of {', '.join(CANDIDATES)}, with at least one of {', '.join(TEACHERS)}; or none, for all.",
         )
 
 
@@ -294,10 +411,15 @@ def _recorded(run: Any, snapshot: dataset.Snapshot, *, unchanged: bool, message:
 
 
 @contextmanager
-def _disk(folder: Path) -> Iterator[None]:
-    """A full or read-only disk is said as such; what was written before stays for the next try."""
+def _workplace(settings: Settings, fingerprint: str) -> Iterator[Path]:
+    """A folder to work in, with TensorFlow begun; a full or read-only disk is said as such."""
+    folder = settings.home / "cache" / "train" / fingerprint
+    model.start(settings.train.seed, settings.train.device)
     try:
-        yield
+        # Many small systems are solved: threads of linear algebra wait for one another longer than they work.
+        with threadpool_limits(1, "blas"):
+            folder.mkdir(parents=True, exist_ok=True)
+            yield folder
     except OSError as error:
         if error.errno is None:
             raise

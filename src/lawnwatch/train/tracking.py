@@ -65,8 +65,11 @@ def record(
         calibration = json.loads((work / "model" / CALIBRATION).read_text())
         figures = {f"cv_{name}": [calibration[name]] for name in ("accuracy", "log_loss", "ece", "temperature")}
         figures |= {f"unknown_auroc_{one['method']}": [one["auroc"]] for one in calibration["unknown_comparison"]}
-        small = json.loads((work / "model" / "model.json").read_text())["variants"]["int8"]
-        figures |= {f"int8_{name}": [small[name]] for name in ("accuracy_change", "changed_answers", "speedup")}
+        facts = json.loads((work / "model" / "model.json").read_text())
+        for name, variant in facts["variants"].items():
+            if name != "float32":
+                compared = ("accuracy_change", "changed_answers", "speedup")
+                figures |= {f"{name}_{figure}": [variant[figure]] for figure in compared}
         _log_batch(client, run_id, {}, figures)
         client.log_figure(run_id, _unknown_plot(calibration["unknown_comparison"]), "plots/unknown.png")
         for candidate in candidates:
