@@ -468,7 +468,7 @@ def decide(
         more = images_to_show(pair.gain, pair.wins + pair.losses, pair.images, alpha=policy.alpha)
         said = (
             f"{compared[0].sentence} But it is not shown to be better, and no reason to change is recorded: "
-            "new data, a cheaper variant, or what `--reason` says."
+            "new data, a cheaper variant, or what --reason says."
         )
         said += f" Collect about {more} more labelled test images to show a gain of this size." if more else ""
         return Decision("inconclusive", said, checks=checks, comparison=comparison, more_images=more)

@@ -220,7 +220,14 @@ def tracking(settings: Settings) -> Iterator[Any]:
         raise Unavailable(f"MLflow at {where} failed: {_first_line(error)}", hint=hint) from error
 
 
-def _first_line(error: Exception) -> str:
+def _deepest(error: BaseException) -> BaseException:
+    """What an exception began with."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return error
+
+
+def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
 
@@ -275,9 +282,18 @@ def artifacts(settings: Settings, run_id: str, folder: str) -> Path:
             shutil.rmtree(copy, ignore_errors=True)
     copy.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=copy.parent) as building, tracking(settings) as client:
+        from mlflow.exceptions import MlflowException
+
         if not client.list_artifacts(run_id, folder):
             raise NotFound(f"run {run_id} has no artifacts below {folder}/.", hint="Was the step before it run?")
-        fetched = _verified(Path(client.download_artifacts(run_id, folder, building)))
+        try:
+            fetched = _verified(Path(client.download_artifacts(run_id, folder, building)))
+        except MlflowException as error:
+            # MLflow says "please ensure that the path is correct" to whatever happens on the way.
+            raise Unavailable(
+                f"the artifacts of run {run_id} cannot be copied to {copy.parent}: {_first_line(_deepest(error))}",
+                hint="Free disk space, see that MLflow's artifact store answers, and run the step again.",
+            ) from error
         try:
             fetched.rename(copy)
         except OSError:

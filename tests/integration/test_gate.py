@@ -5,13 +5,18 @@ real MLflow in the embedded mode, and on real servers where they matter.
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -22,6 +27,7 @@ from lawnwatch.config import Settings
 from lawnwatch.errors import Conflict, DataError, NotFound
 from lawnwatch.sketch import Sketch
 from lawnwatch.train.export import SMALL
+from processes import Server, answers, free_port
 from road import Road, challenger, quiet
 
 pytestmark = pytest.mark.integration
@@ -407,3 +413,80 @@ def test_the_same_road_on_a_real_mlflow_server(road: Road, mlflow_server: str) -
     with registry.tracking(settings) as client:
         assert client.get_run(run_id).data.tags["lawnwatch.decision"] == "promote"
         assert "challenger" not in client.get_registered_model(settings.model_name).aliases
+
+
+# --- what is neither, over HTTP -----------------------------------------------------------------------------
+
+# Of scikit-image's pictures all photographs, scans and drawings that show no plant; `grass` is one.
+NO_PLANT = (
+    "astronaut", "brick", "camera", "cell", "chelsea", "chessboard_GRAY", "chessboard_RGB", "clock_motion", "coffee",
+    "coins", "color", "gravel", "horse", "hubble_deep_field", "ihc", "logo", "microaneurysms", "moon",
+    "motorcycle_left", "page", "phantom", "retina", "rocket", "text",
+)  # fmt: skip
+
+
+def strange_pictures() -> dict[str, bytes]:
+    """Photographs of no plant, and made pictures of kinds that training does not make."""
+    import io
+
+    import skimage
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+
+    folder = Path(skimage.__file__).parent / "data"
+    files = {path.stem: path for path in folder.iterdir() if path.suffix in (".png", ".jpg")}
+    y, x = np.mgrid[:240, :320]
+    rings = np.stack([127 + 127 * np.sin(np.hypot(x - 160, y - 120) / period) for period in (5, 7, 9)], axis=-1)
+    code = np.repeat(np.repeat(np.random.default_rng(5).integers(0, 2, (30, 40, 1)) * 255, 8, 0), 8, 1)
+    drawn = {
+        "china": np.asarray(load_sample_image("china.jpg")),
+        "rings": rings.astype(np.uint8),
+        "a printed code": np.broadcast_to(code, (240, 320, 3)).astype(np.uint8),
+    }
+    pictures = {name: files[name].read_bytes() for name in NO_PLANT}
+    for name, pixels in drawn.items():
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
+        pictures[name] = buffer.getvalue()
+    return pictures
+
+
+def test_what_is_no_plant_is_unknown_over_http_and_its_probabilities_are_still_there(
+    champion: Road, weights: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    if weights == "none" or champion.snapshot.samples:
+        pytest.skip("drawn pictures on random features: nothing to tell apart")
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    env = os.environ | {
+        "LAWNWATCH_HOME": str(champion.settings.home),
+        "LAWNWATCH_API_URL": url,
+        "LAWNWATCH_SERVING__PORT": str(port),
+    }
+    lawnwatch = [sys.executable, "-m", "lawnwatch"]
+    api = Server([*lawnwatch, "serve"], partial(answers, f"{url}/health"), tmp_path / "api.log", env).start()
+    try:
+        done = subprocess.run([*lawnwatch, "rollout", "start"], env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+
+        def ask(data: bytes) -> dict[str, Any]:
+            answer = httpx.post(f"{url}/predict", files={"file": data}, timeout=60)
+            assert answer.status_code == 200, answer.text
+            return dict(answer.json())
+
+        strange = {name: ask(data) for name, data in strange_pictures().items()}
+        rows = champion.snapshot.split("test")
+        known = [ask(champion.store.get(row.object_key)) for row in rows]
+    finally:
+        api.stop()
+    for answer in (*strange.values(), *known):
+        assert set(answer["probabilities"]) == set(champion.snapshot.classes)
+        assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-3)
+    missed = [name for name, answer in strange.items() if answer["label"] != "unknown"]
+    assert len(missed) <= 0.15 * len(strange), missed
+    assert sum(answer["label"] == "unknown" for answer in known) <= 0.15 * len(known)
+    inside, outside = ([one["unknown_score"] for one in some] for some in (known, strange.values()))
+    auroc = np.mean([[float(s > k) + 0.5 * (s == k) for k in inside] for s in outside])
+    record_property("auroc", float(auroc))
+    record_property("missed", missed)
+    assert auroc >= 0.95, missed

@@ -159,8 +159,11 @@ def test_28_without_the_database_a_promotion_changes_nothing(road: Road, start_m
 # --- the disk -----------------------------------------------------------------------------------------------
 
 
-def test_35_a_full_disk_ends_the_evaluation_with_a_sentence_and_a_rerun_judges(road: Road) -> None:
-    """Files may grow to 300 kB only; the statistics of the unknown score are larger."""
+@pytest.mark.parametrize("fetched", [False, True], ids=["the model is not here yet", "it is"])
+def test_35_a_full_disk_ends_the_evaluation_with_a_sentence_and_a_rerun_judges(road: Road, fetched: bool) -> None:
+    """Files may grow to 300 kB only; the graph and the statistics of the unknown score are larger."""
+    if fetched:
+        registry.artifacts(road.settings, road.result.run_id, "model")
     full = lawnwatch(
         road.settings,
         "evaluate",
