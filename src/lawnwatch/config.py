@@ -111,6 +111,9 @@ class TrainSettings(BaseModel):
     candidates: list[str] = Field([], description="Names of the candidates to train (JSON list); empty: all.")
     fine_tune_epochs: int = Field(8, ge=0, description="Most epochs of fine-tuning; 0 leaves that candidate out.")
     batch_size: int = Field(32, ge=1, description="Images in a training batch.")
+    sweep_seconds: float = Field(
+        0.0, ge=0, description="Time to search for strength, views, learning rate and epochs, seconds; 0: no search."
+    )
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="What trains; auto: a GPU when there is one.")
 
 

@@ -27,6 +27,7 @@ from lawnwatch.train.candidates import (
 )
 from lawnwatch.train.checkpoint import Checkpoint
 from lawnwatch.train.features import COLOR_FEATURES, VIEWS, Features
+from lawnwatch.train.sweep import probe_sweep, tuning_sweep
 
 pytestmark = pytest.mark.unit
 
@@ -102,6 +103,22 @@ def test_the_student_learns_what_the_teacher_says_and_not_only_the_labels() -> N
         return float(np.abs((x @ made["kernel"] + made["bias"])[:, 0]).mean())
 
     assert sureness(1 - truth) < 0.3 * sureness(truth)
+
+
+def test_a_sweep_begins_with_the_usual_numbers_and_keeps_the_best() -> None:
+    settings = Settings(train={"sweep_seconds": 1.0})  # type: ignore[arg-type]
+    asked: list[tuple[bool, float]] = []
+
+    def loss_of(views: bool, c: float) -> float:
+        asked.append((views, c))
+        return (math.log10(c) + 1) ** 2 + views
+
+    ((views, c),), trials = probe_sweep(settings, loss_of, print)
+    assert asked[0] == (False, 0.003) and not views
+    assert len(trials) == len(asked) > 3
+    assert loss_of(views, c) == min(trial["log_loss"] for trial in trials) < (math.log10(0.003) + 1) ** 2
+    tuning, none = tuning_sweep(settings, lambda tuning: math.inf, print)
+    assert (tuning.epochs, none) == (settings.train.fine_tune_epochs, [])
 
 
 @pytest.mark.parametrize("fault", ["none", "no arrays", "altered", "cut off", "not JSON"])

@@ -20,7 +20,7 @@ for the probe, on the validation split for a network that was tuned on the rest.
 object store below `train/<fingerprint>`, where a run that was killed, or whose MLflow went away, finds it again, and
 where candidates that were trained as steps of their own (`run_candidate`) are handed over to `run`.
 
-Read in this order: `step` (what is done when), `materials`, `features`, `candidates`, `checkpoint`, `export`,
+Read in this order: `step` (what is done when), `materials`, `features`, `candidates`, `sweep`, `checkpoint`, `export`,
 `tracking`.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -19,11 +20,21 @@ CANDIDATES = ("color_baseline", "linear_probe", "fine_tuned", "small_input")  # 
 TEACHERS = ("linear_probe", "fine_tuned")  # those among which one is picked; small_input is a variant of that one
 PROBE_C = (0.001, 0.003, 0.01, 0.03, 0.1)
 TEMPERATURE_SPREAD = 0.5
-LEARNING_RATE = 1e-4
 PATIENCE = 3
 HELD_OUT_IMAGES = 2000  # pictures on which a graph is calibrated and its variants are compared
 SMALL_C = (0.001, 0.003, 0.01)
 TEACHER_SHARE = 0.5  # of a distilled target; the rest is the label
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """How the top blocks are trained. epochs: most of them; None: as the settings say."""
+
+    learning_rate: float = 1e-4
+    epochs: int | None = None
+
+
+FINE_TUNING = FineTuning()
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,8 @@ class Candidate:
         val_log_loss: at the temperature that was fitted on the same split.
         curves: name → one value an epoch (or a tried C).
         note: why it is out, when it is.
-        val_losses: of each validation picture, by hash.
+        val_losses: of each picture that it was judged on.
+        sweep: each trial's numbers and log loss, when they were searched for.
     """
 
     name: str
@@ -47,6 +59,7 @@ class Candidate:
     curves: dict[str, list[float]] = field(default_factory=dict)
     note: str = ""
     val_losses: list[float] = field(default_factory=list)
+    sweep: list[dict[str, Any]] = field(default_factory=list)
 
 
 def pick(candidates: Sequence[Candidate]) -> Candidate:
@@ -85,12 +98,19 @@ def color_baseline(
 
 
 def linear_probe(
-    train: Features, val: Features, n_classes: int, seed: int
+    train: Features,
+    val: Features,
+    n_classes: int,
+    seed: int,
+    grid: Sequence[tuple[bool, float]] = tuple(itertools.product((False, True), PROBE_C)),
 ) -> tuple[Candidate, dict[str, NDArray[Any]]]:
     """Logistic regression on the frozen embedding, fitted on the training and the validation split.
 
     Its strength and whether it sees the augmented views are chosen by cross-validation, by log loss on pictures as
     serving sees them. The figures are of the validation pictures, each by the head of the fold that left it out.
+
+    Args:
+        grid: whether it sees the views, and C.
 
     Returns:
         The candidate, and: `kernel`, `bias`; `fold_of` (m,), `fold_kernels` (folds, 1280, k) and `fold_biases`
@@ -119,11 +139,10 @@ def linear_probe(
     for k, (_, fold) in enumerate(parts):
         fold_of[fold] = k
     tried: list[tuple[float, bool, float, NDArray[Any], list[tuple[NDArray[Any], NDArray[Any]]]]] = []
-    for with_views in (False, True):
-        for c in PROBE_C:
-            heads = [head(rest, with_views, c) for rest, _ in parts]
-            logits = by_fold(x, fold_of, np.stack([k for k, _ in heads]), np.stack([b for _, b in heads]))
-            tried.append((judge(logits, labels).loss, with_views, c, logits, heads))
+    for with_views, c in grid:
+        heads = [head(rest, with_views, c) for rest, _ in parts]
+        logits = by_fold(x, fold_of, np.stack([k for k, _ in heads]), np.stack([b for _, b in heads]))
+        tried.append((judge(logits, labels).loss, with_views, c, logits, heads))
     loss, with_views, c, logits, heads = min(tried, key=lambda one: one[0])
     whole, judged = judge(logits, labels), judge(logits[of_val], labels[of_val])
     candidate = Candidate(
@@ -169,6 +188,7 @@ def fine_tuned(
     head: tuple[Floats, Floats],
     deadline: float,
     progress: Progress,
+    tuning: FineTuning = FINE_TUNING,
 ) -> tuple[Candidate, dict[str, NDArray[Any]]]:
     """Train the top blocks and the head from the cut activations, starting from the probe's head.
 
@@ -182,9 +202,9 @@ def fine_tuned(
     weights = (len(labels) / (n_classes * np.maximum(np.bincount(labels, minlength=n_classes), 1))).astype(np.float32)
     kernel, bias = k.Variable(head[0], name="kernel"), k.Variable(head[1], name="bias")
     variables = [*model.unfreeze_top(network), kernel, bias]
-    epochs = settings.train.fine_tune_epochs
+    epochs = tuning.epochs or settings.train.fine_tune_epochs
     steps = epochs * math.ceil(n / size)
-    optimizer = k.optimizers.Adam(k.optimizers.schedules.CosineDecay(LEARNING_RATE, steps))
+    optimizer = k.optimizers.Adam(k.optimizers.schedules.CosineDecay(tuning.learning_rate, steps))
     optimizer.build(variables)
 
     def logits_of(cut: Any) -> Any:
@@ -248,7 +268,8 @@ def fine_tuned(
         seconds=0.0,
         params={
             "best_epoch": epoch,
-            "learning_rate": LEARNING_RATE,
+            "learning_rate": tuning.learning_rate,
+            "epochs": epochs,
             "schedule": "cosine",
             "batch_size": size,
             "images": n,

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from lawnwatch.errors import DataError, SettingsError, Unavailable
 from lawnwatch.store import ObjectStore
 from lawnwatch.train.candidates import (
     CANDIDATES,
+    FINE_TUNING,
     HELD_OUT_IMAGES,
     TEACHERS,
     Candidate,
+    FineTuning,
     Lesson,
     color_baseline,
     fine_tuned,
@@ -38,6 +41,7 @@ from lawnwatch.train.checkpoint import Arrays, Checkpoint
 from lawnwatch.train.export import answering, export
 from lawnwatch.train.features import PROBE_IMAGES, RECIPE, Progress, decoded
 from lawnwatch.train.materials import Materials
+from lawnwatch.train.sweep import Trials, probe_sweep, tuning_sweep
 from lawnwatch.train.tracking import record, summary
 
 
@@ -321,15 +325,38 @@ def _trained(
     elif name == "linear_probe":
         train_features, val_features = materials.features
         clock = time.monotonic()
-        made = linear_probe(train_features, val_features, materials.classes, settings.train.seed)
+        probe_of = partial(linear_probe, train_features, val_features, materials.classes, settings.train.seed)
+        if settings.train.sweep_seconds > 0:
+            grid, trials = probe_sweep(
+                settings, lambda views, c: float(probe_of([(views, c)])[0].params["cv_log_loss"]), progress
+            )
+            made = _swept(probe_of(grid), trials)
+        else:
+            made = probe_of()
     else:
         probe = _trained("linear_probe", materials, checkpoint, begun, progress)[1]  # where fine-tuning starts
         train_features, val_features = materials.features
-        clock, deadline = time.monotonic(), begun + settings.train.budget_seconds
+        clock, deadline = time.monotonic(), begun + settings.train.budget_seconds + settings.train.sweep_seconds
         head = probe["start_kernel"], probe["start_bias"]
-        made = fine_tuned(settings, materials.network, train_features, val_features, head, deadline, progress)
-        materials.restore()
+
+        def tune(tuning: FineTuning) -> tuple[Candidate, Arrays]:
+            try:
+                return fine_tuned(
+                    settings, materials.network, train_features, val_features, head, deadline, progress, tuning
+                )
+            finally:
+                materials.restore()
+
+        if settings.train.sweep_seconds > 0:
+            tuning, trials = tuning_sweep(settings, lambda one: tune(one)[0].val_log_loss, progress)
+            made = _swept(tune(tuning), trials)
+        else:
+            made = tune(FINE_TUNING)
     return _keep(name, made, time.monotonic() - clock, checkpoint, progress)
+
+
+def _swept(made: tuple[Candidate, Arrays], trials: Trials) -> tuple[Candidate, Arrays]:
+    return replace(made[0], sweep=trials), made[1]
 
 
 def _distilled(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from contextlib import suppress
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lawnwatch import dataset, registry
+from lawnwatch import bundle, dataset, model, registry
 from lawnwatch.config import Settings
 from lawnwatch.errors import NotFound
 from lawnwatch.train.candidates import Candidate
@@ -51,7 +52,7 @@ def record(
         run = client.create_run(experiment, run_name=f"train {snapshot.id[:8]}", tags=tags)
         run_id = str(run.info.run_id)
         half.write_text(run_id)
-        _log_inputs(client, run_id, snapshot)
+        _log_inputs(settings, client, run_id, snapshot)
         read = settings.train.model_dump(mode="json")
         params: dict[str, Any] = {f"train.{name}": json.dumps(value) for name, value in read.items()}
         params |= {"views": VIEWS, "recipe": RECIPE, "classes": ",".join(snapshot.classes), "best": best.name}
@@ -62,6 +63,7 @@ def record(
         for name, figure in _plots(candidates).items():
             client.log_figure(run_id, figure, f"plots/{name}.png")
         client.log_artifacts(run_id, str(work / "model"), "model")
+        client.log_artifacts(run_id, str(_mlflow_model(settings, snapshot, work)), "mlflow_model")
         calibration = json.loads((work / "model" / CALIBRATION).read_text())
         figures = {f"cv_{name}": [calibration[name]] for name in ("accuracy", "log_loss", "ece", "temperature")}
         figures |= {f"unknown_auroc_{one['method']}": [one["auroc"]] for one in calibration["unknown_comparison"]}
@@ -114,19 +116,47 @@ def _log_batch(client: Any, run_id: str, params: dict[str, Any], metrics: dict[s
     client.log_batch(run_id, metrics=points[:1000], params=[Param(k, str(v)) for k, v in params.items()])
 
 
-def _log_inputs(client: Any, run_id: str, snapshot: dataset.Snapshot) -> None:
+def _log_inputs(settings: Settings, client: Any, run_id: str, snapshot: dataset.Snapshot) -> None:
+    """The snapshot as the run page shows it: where its manifest lies, its hash, its columns and counts."""
+    from mlflow.data.dataset_source_registry import resolve_dataset_source
+    from mlflow.data.meta_dataset import MetaDataset
     from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.types import ColSpec, Schema
 
     counts = {split: len(snapshot.split(split)) for split in ("train", "validation", "test")}
-    data = Dataset(
+    profile = {"num_rows": len(snapshot.rows), "snapshot": snapshot.id, "classes": snapshot.classes, "splits": counts}
+    manifest = MetaDataset(
+        resolve_dataset_source(f"{settings.store_url.rstrip('/')}/snapshots/{snapshot.id}/manifest.parquet"),
         name="lawnwatch-snapshot",
-        digest=snapshot.id[:36],
-        source_type="lawnwatch",
-        source=json.dumps({"snapshot": snapshot.id, "manifest": f"snapshots/{snapshot.id}/manifest.parquet"}),
-        schema=json.dumps({"image": "JPEG, PNG or WebP", "label": snapshot.classes}),
-        profile=json.dumps(counts),
+        digest=snapshot.id[:36],  # MLflow keeps no more of it; the whole is in the profile
+        schema=Schema([ColSpec("string", "sha256"), ColSpec("string", "label"), ColSpec("string", "split")]),
     )
+    data = Dataset(**(manifest.to_dict() | {"profile": json.dumps(profile)}))
     client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
+
+
+def _mlflow_model(settings: Settings, snapshot: dataset.Snapshot, work: Path) -> Path:
+    """The served graph as an MLflow model with signature and input example, for `mlflow.pyfunc.load_model`."""
+    import mlflow
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    home, place = work / "model", work / "mlflow_model"
+    shutil.rmtree(place, ignore_errors=True)
+    versions = environment()
+    mlflow.pyfunc.save_model(
+        place,
+        python_model=str(Path(__file__).with_name("mlflow_model.py")),
+        artifacts={"graph": str(home / bundle.MODEL), "calibration": str(home / CALIBRATION)},
+        signature=ModelSignature(
+            Schema([TensorSpec(np.dtype(np.uint8), (-1, model.SIZE, model.SIZE, 3))]),
+            Schema([TensorSpec(np.dtype(np.float64), (-1, len(snapshot.classes)))]),
+        ),
+        input_example=np.zeros((1, model.SIZE, model.SIZE, 3), np.uint8),
+        pip_requirements=[f"{name}=={versions[name]}" for name in ("ai-edge-litert", "mlflow", "numpy")],
+        metadata={"classes": snapshot.classes, "snapshot": snapshot.id},
+    )
+    return place
 
 
 def _note(snapshot: dataset.Snapshot, candidates: list[Candidate], best: Candidate) -> str:
@@ -143,7 +173,16 @@ def _note(snapshot: dataset.Snapshot, candidates: list[Candidate], best: Candida
 
 
 def environment() -> dict[str, str]:
-    names = ("tensorflow", "keras", "scikit-learn", "numpy", "opencv-python-headless", "pillow", "ai-edge-litert")
+    names = (
+        "tensorflow",
+        "keras",
+        "scikit-learn",
+        "numpy",
+        "mlflow",
+        "opencv-python-headless",
+        "pillow",
+        "ai-edge-litert",
+    )
     return {name: metadata.version(name) for name in names}
 
 
@@ -156,6 +195,15 @@ def _plots(candidates: list[Candidate]) -> dict[str, Any]:
     axes.set(xlim=(0, 1), xlabel="validation accuracy", title="Candidates")
     plots = {"candidates": comparison}
     for candidate in candidates:
+        if candidate.sweep:
+            figure = Figure(figsize=(6, 3.5), layout="constrained")
+            axes = figure.subplots()
+            losses = [trial["log_loss"] for trial in candidate.sweep]
+            axes.plot(range(1, len(losses) + 1), losses, "o", label="trial")
+            axes.plot(range(1, len(losses) + 1), np.minimum.accumulate(losses), label="best so far")
+            axes.set(xlabel="trial", ylabel="log loss", title=f"Sweep of {candidate.name}")
+            axes.legend()
+            plots[f"sweep_{candidate.name}"] = figure
         if "val_log_loss" in candidate.curves:
             figure = Figure(figsize=(6, 3.5), layout="constrained")
             axes = figure.subplots()
