@@ -17,6 +17,7 @@ from lawn import Lawn, Picture
 from lawnwatch import dataset, images
 from lawnwatch.catalog import Catalog, ImageRecord, SnapshotRecord
 from lawnwatch.config import Settings
+from lawnwatch.dataset import splits
 from lawnwatch.errors import NotFound, Unavailable
 from lawnwatch.store import LocalStore, S3Store, open_store
 
@@ -182,7 +183,7 @@ def test_29_a_store_that_goes_away_leaves_no_snapshot(
 def test_relabelled_while_it_is_judged_on_mariadb(real: Lawn, monkeypatch: pytest.MonkeyPatch) -> None:
     """No lock is held while judging: a person's correction goes through at once, and it counts."""
     page = "https://photos.example/5.jpg"
-    judge, looks = dataset._judge, 0
+    judge, looks = splits._judge, 0
 
     def meanwhile(*given: Any) -> dataset.Settled:
         nonlocal looks
@@ -191,7 +192,7 @@ def test_relabelled_while_it_is_judged_on_mariadb(real: Lawn, monkeypatch: pytes
             real.catalog.relabel(page, "grass")
         return judge(*given)
 
-    monkeypatch.setattr(dataset, "_judge", meanwhile)
+    monkeypatch.setattr(splits, "_judge", meanwhile)
     try:
         snapshot = real.snapshot()
     finally:
