@@ -19,7 +19,7 @@ from lawnwatch.catalog import Catalog, ImageRecord, SnapshotRecord
 from lawnwatch.config import Settings
 from lawnwatch.dataset import splits
 from lawnwatch.errors import NotFound, Unavailable
-from lawnwatch.store import LocalStore, S3Store, open_store
+from lawnwatch.store import LocalStore, S3Store, open_store, sha256_of
 
 pytestmark = pytest.mark.integration
 # Processes forked from one that has imported all this and started no thread.
@@ -43,7 +43,7 @@ def state(lawn: Lawn) -> tuple[list[Any], list[Any], list[str]]:
         records = [tuple(row) for row in session.execute(sa.select(*columns).order_by(ImageRecord.url))]
         snapshots = list(session.scalars(sa.select(SnapshotRecord.id).order_by(SnapshotRecord.id)))
     objects = [
-        (info.key, dataset.sha256_of(lawn.store.get(info.key)) if info.key.endswith(".parquet") else "")
+        (info.key, sha256_of(lawn.store.get(info.key)) if info.key.endswith(".parquet") else "")
         for info in lawn.store.list("snapshots/")
     ]
     return records, objects, snapshots

@@ -365,7 +365,7 @@ def test_settling_records_groups_and_quarantines_and_splits_nobody_new(lawn: Law
     assert (settled.images, settled.groups, settled.label_conflicts, settled.split_bridges) == (12, 11, 2, 0)
     assert settled.near_duplicates == [tuple(sorted((small, str(lawn.record("g4.jpg").sha256))))]
     assert lawn.record("small.jpg").group_id == lawn.record("g4.jpg").group_id
-    assert set(lawn.split_of().values()) == {None}
+    assert set(lawn.splits().values()) == {None}
     assert dataset.settle(lawn.settings, lawn.catalog) == settled
     lawn.snapshot()
     lawn.put("late.jpg", "grass", jpeg(scene(5), 50))
