@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lawnwatch import evaluate, registry, release, train
+from lawnwatch import bundle, evaluate, registry, release, train
+from lawnwatch.config import Settings
 from lawnwatch.errors import IntegrityError, NotFound, SettingsError, Unavailable
 from road import Road, quiet
 
@@ -48,15 +53,27 @@ def test_30_35_a_killed_run_and_one_without_mlflow_continue_from_their_checkpoin
         train.run(down, road.catalog, road.store, force=True, reason="r", progress=quiet)
     assert time.monotonic() - begun < 60
 
-    class Killed(BaseException):
-        pass
-
-    def die_after_the_probe(line: str) -> None:
-        if line.startswith("linear_probe: validation"):
-            raise Killed
-
-    with pytest.raises(Killed):
-        train.run(road.settings, road.catalog, road.store, force=True, reason="r", progress=die_after_the_probe)
+    environment = os.environ | {
+        "LAWNWATCH_HOME": str(road.settings.home),
+        "LAWNWATCH_MODEL_NAME": road.settings.model_name,
+        "LAWNWATCH_WEIGHTS": road.settings.weights,
+    }
+    with subprocess.Popen(
+        [sys.executable, "-m", "lawnwatch", "train", "--force", "--reason=r"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as killed:
+        assert killed.stderr is not None
+        said = []
+        for line in killed.stderr:
+            said.append(line)
+            if line.startswith("linear_probe: validation"):
+                killed.terminate()
+        killed.wait(60)
+    assert killed.returncode not in (0, None) and "Traceback" not in "".join(said)
+    assert "linear_probe: validation" in "".join(said) and "Exported" not in "".join(said)
 
     checked = train.check(road.settings, road.catalog, road.store)
     lines: list[str] = []
@@ -120,3 +137,58 @@ def test_what_is_missing_is_said(road: Road, tmp_path: Path) -> None:
         release.publish(settings, catalog, store, "7", progress=quiet)
     with pytest.raises(NotFound, match="no previous"):
         registry.rollback(settings, catalog)
+
+
+def test_a_candidate_trained_as_a_step_of_its_own_is_taken_by_the_run_that_follows(road: Road) -> None:
+    """As mapped pods do; by another home, which shares only the store."""
+    settings = road.settings.model_copy(
+        update={"train": road.settings.train.model_copy(update={"seed": 18, "candidates": ["linear_probe"]})}
+    )
+    apart = train.check(settings, road.catalog, road.store).candidates
+    assert apart == ["linear_probe"]
+    first = train.run_candidate(settings, road.catalog, road.store, "linear_probe", progress=quiet)
+    again = train.run_candidate(settings, road.catalog, road.store, "linear_probe", progress=quiet)
+    assert (first.kept, again.kept) == (False, True)
+    assert (again.val_accuracy, again.fingerprint) == (first.val_accuracy, first.fingerprint)
+    with pytest.raises(SettingsError, match="no candidate"):
+        train.run_candidate(settings, road.catalog, road.store, "small_input", progress=quiet)
+    lines: list[str] = []
+    result = train.run(settings, road.catalog, road.store, progress=lines.append)
+    assert "linear_probe: kept from what was trained before." in lines and result.best == "linear_probe"
+    assert not any("Features of" in line for line in lines), "the hand-over holds what the export needs"
+    assert list(road.store.list(f"train/{first.fingerprint}/")) == []
+
+
+def test_the_logged_model_loads_by_its_signature_and_answers_as_the_served_graph(trained: Road) -> None:
+    import mlflow
+
+    with registry.tracking(trained.settings) as client:
+        uri = client.get_run(trained.result.run_id).info.artifact_uri
+    loaded = mlflow.pyfunc.load_model(f"{uri}/mlflow_model")
+    assert loaded.metadata.get_input_schema().inputs[0].shape == (-1, 224, 224, 3)
+    home = registry.artifacts(trained.settings, trained.result.run_id, "model")
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
+    graph = bundle.Graph((home / bundle.MODEL).read_bytes(), classes=2)
+    temperature = train.load_calibration(home).temperature
+    expected = [bundle.probabilities(graph(picture).logits, temperature) for picture in pictures]
+    assert loaded.predict(pictures) == pytest.approx(np.stack(expected), abs=1e-6)
+
+
+@pytest.mark.parametrize("broken", ["activations", "learning rate"])
+def test_38_fine_tuning_that_ends_in_no_numbers_is_no_candidate(broken: str) -> None:
+    from lawnwatch import model
+    from lawnwatch.train.candidates import FineTuning, fine_tuned
+    from lawnwatch.train.features import Features
+
+    rng, labels = np.random.default_rng(0), np.arange(8) % 2
+    cut = rng.standard_normal((8, 1, *model.CUT_SHAPE)).astype(np.float16)
+    if broken == "activations":
+        cut[3] = np.nan
+    none = np.zeros((8, 0, 1280), np.float32)
+    part = Features([], labels, np.arange(8), np.zeros((8, 1280), np.float32), none, cut)
+    model.start(1, "cpu")
+    network = model.load_network(model.find_weights("none"))
+    head = rng.standard_normal((1280, 2)).astype(np.float32), np.zeros(2, np.float32)
+    tuning = FineTuning(1e-4 if broken == "activations" else math.inf, 2)
+    made, _ = fine_tuned(Settings(), network, part, part, head, math.inf, quiet, tuning)
+    assert made.val_log_loss == math.inf and "not finite" in made.note
