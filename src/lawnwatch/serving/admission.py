@@ -24,14 +24,14 @@ from typing import Any, TypeVar
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lawnwatch.errors import LawnwatchError, NoModel, Overloaded, Unavailable
-from lawnwatch.serving import problems, uploads
+from lawnwatch.serving import problems
+from lawnwatch.serving.intake import Intake
 from lawnwatch.serving.metrics import Metrics
-from lawnwatch.serving.problems import BodyTooLarge, BodyTooSlow
+from lawnwatch.serving.problems import BodyTooLarge, BodyTooSlow, ClientGone
 
 PATIENCE = 1.0  # seconds until a sender counts as slow
 SLOW_SENDERS = 64
 BODY_MEMORY = 256_000_000  # bytes of all bodies that are held at once
-MULTIPART_ROOM = 65_536  # bytes that a form may have around its picture
 SWALLOW_BYTES = 4_000_000  # of a refused body, for clients that close after the answer
 SWALLOW_SECONDS = 1.0
 
@@ -42,10 +42,6 @@ class Draining(Unavailable):
     """The process is ending; another one takes over."""
 
     code = "draining"
-
-
-class ClientGone(Exception):
-    """The client closed the connection; nobody waits for an answer."""
 
 
 @dataclass
@@ -104,9 +100,8 @@ class AdmissionMiddleware:
     and `body_seconds`.
 
     Args:
-        guarded: paths whose POST bodies hold pictures.
+        intake: what the POST bodies of a path may be; None where they are not guarded.
         check: raises NoModel when nothing can be answered.
-        max_picture: largest picture, bytes.
         timeout: seconds for the whole request.
     """
 
@@ -115,21 +110,20 @@ class AdmissionMiddleware:
         app: ASGIApp,
         *,
         admission: Admission,
-        guarded: frozenset[str],
+        intake: Callable[[str], Intake | None],
         check: Callable[[], object],
-        max_picture: int,
         timeout: float,
     ) -> None:
         self._app = app
         self._admission = admission
-        self._guarded = guarded
+        self._intake = intake
         self._check = check
-        self._max_body = max_picture + MULTIPART_ROOM
-        self._max_picture = max_picture
         self._timeout = timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in self._guarded:
+        guarded = scope["type"] == "http" and scope["method"] == "POST"
+        intake = self._intake(scope["path"]) if guarded else None
+        if intake is None:
             await self._app(scope, receive, send)
             return
         sender = _Sender(self._admission)
@@ -142,27 +136,27 @@ class AdmissionMiddleware:
             return message
 
         try:
-            self._at_the_head(scope)
+            self._at_the_head(scope, intake)
             sender.enter()
             state = scope.setdefault("state", {})
             state["arrived"] = time.perf_counter()
             state["deadline"] = asyncio.get_running_loop().time() + self._timeout
-            state["body"] = await self._body(arriving, sender)
+            state["body"] = await self._body(arriving, sender, intake)
             sender.whole()
             state["body_seconds"] = time.perf_counter() - state["arrived"]
             await self._app(scope, receive, send)
         except LawnwatchError as error:
-            response = problems.of(error)
-            if _header(scope, b"expect"):
+            response = problems.of(error, scope["path"])
+            if header(scope, b"expect"):
                 # The body was announced and never asked for: the connection has no clear next request.
                 response.headers["Connection"] = "close"
-            elif not ended and _header(scope, b"connection").lower() == "close":
-                await _swallow(receive)
+            elif not ended and header(scope, b"connection").lower() == "close":
+                await swallow(receive)
             await response(scope, receive, send)
         finally:
             sender.leave()
 
-    def _at_the_head(self, scope: Scope) -> None:
+    def _at_the_head(self, scope: Scope, intake: Intake) -> None:
         if self._admission.draining:
             raise self._admission.refuse("draining", Draining("This server is ending.", hint="Try again."))
         try:
@@ -170,14 +164,14 @@ class AdmissionMiddleware:
         except NoModel as error:
             raise self._admission.refuse("no_model", error) from None
         try:
-            uploads.media_type(_header(scope, b"content-type"))
+            intake.check_media(header(scope, b"content-type"))
         except LawnwatchError as error:
             raise self._admission.refuse("media", error) from None
-        length = _header(scope, b"content-length")
-        if length.isascii() and length.isdigit() and (len(length) > 15 or int(length) > self._max_body):
-            raise self._too_large()
+        length = header(scope, b"content-length")
+        if length.isascii() and length.isdigit() and (len(length) > 15 or int(length) > intake.max_bytes):
+            raise self._too_large(intake)
 
-    async def _body(self, receive: Receive, sender: _Sender) -> bytes:
+    async def _body(self, receive: Receive, sender: _Sender, intake: Intake) -> bytes:
         pieces: list[bytes] = []
         size = 0
         try:
@@ -189,8 +183,8 @@ class AdmissionMiddleware:
                         raise ClientGone
                     piece = message.get("body", b"")
                     size += len(piece)
-                    if size > self._max_body:
-                        raise self._too_large()
+                    if size > intake.max_bytes:
+                        raise self._too_large(intake)
                     sender.hold(len(piece))
                     pieces.append(piece)
                     if not message.get("more_body", False):
@@ -204,17 +198,17 @@ class AdmissionMiddleware:
                 ),
             ) from None
 
-    def _too_large(self) -> LawnwatchError:
+    def _too_large(self, intake: Intake) -> LawnwatchError:
         return self._admission.refuse(
             "too_large",
             BodyTooLarge(
-                f"The body is larger than the {self._max_picture} bytes that a picture may have.",
+                f"The body is larger than {intake.what}.",
                 hint="Send a smaller file.",
             ),
         )
 
 
-async def _swallow(receive: Receive) -> None:
+async def swallow(receive: Receive) -> None:
     """Let a refused body arrive, within bounds, when its client wants the connection closed after the answer.
 
     A socket that is closed with unread bytes sends a reset, and a reset can overtake the refusal: the client would see
@@ -319,7 +313,8 @@ async def _disconnected(receive: Callable[[], Awaitable[object]]) -> None:
             return
 
 
-def _header(scope: Scope, name: bytes) -> str:
+def header(scope: Scope, name: bytes) -> str:
+    """One header of a request, empty when it was not sent."""
     for key, value in scope["headers"]:
         if key == name:
             return bytes(value).decode("latin-1")
