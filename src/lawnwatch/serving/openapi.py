@@ -64,15 +64,20 @@ def complete(app: FastAPI) -> None:
     def document() -> dict[str, Any]:
         made = make()
         parts = made.setdefault("components", {})
-        parts.setdefault("schemas", {})["Problem"] = problems.Problem.model_json_schema()
+        for name in ("HTTPValidationError", "ValidationError"):
+            parts.setdefault("schemas", {}).pop(name, None)
+        parts["schemas"]["Problem"] = problems.Problem.model_json_schema()
         parts["securitySchemes"] = {
             "bearer": {"type": "http", "scheme": "bearer", "description": "An API key, where the server requires one."},
             "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
         }
         for path, operations in made["paths"].items():
-            if needed_scope(path) is None:
-                continue
             for operation in operations.values():
+                # FastAPI adds its own error to whatever has a parameter; ours are said by each route.
+                if "application/json" in operation["responses"].get("422", {}).get("content", {}):
+                    del operation["responses"]["422"]
+                if needed_scope(path) is None:
+                    continue
                 operation["security"] = [{}, {"bearer": []}, {"header": []}]  # none, where keys are not required
                 operation["responses"] |= {str(status): _failure(status) for status in (401, 403)}
         return made
