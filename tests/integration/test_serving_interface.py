@@ -7,6 +7,8 @@ import http.server
 import io
 import json
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +25,7 @@ from tritonclient import http as triton
 from tritonclient.utils import InferenceServerException
 
 import serving_bundle as sb
-from api_process import Answer, Api, form, problem, wait_for
+from api_process import Answer, Api, form, peak_memory, problem, wait_for
 from lawnwatch import images, keys, predictions
 from lawnwatch.catalog import Catalog
 
@@ -515,3 +517,57 @@ def test_14_clients_cannot_invent_series_at_the_new_addresses(api: Api) -> None:
     storm(1)
     api.get("/metrics")
     assert storm(2) == storm(3)
+
+
+# --- strangers ----------------------------------------------------------------------------------------------
+
+
+def test_the_api_does_what_its_document_says(api: Api) -> None:
+    """Requests made from the OpenAPI document, and against it: no 5xx, and only what the document announces."""
+    program = Path(sys.executable).with_name("schemathesis")
+    config = Path(__file__).parents[1] / "schemathesis.toml"
+    # One worker: two of them trip over each other inside the tool.
+    argv = [program, "--config-file", config, "run", f"{api.url}/openapi.json", "--workers=1", "--no-color"]
+    ended = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stdout[-8000:] + ended.stderr[-2000:]
+    assert f"{len(api.get('/openapi.json').json['paths'])} selected" in ended.stdout
+
+
+def test_08_two_thousand_mutants_never_break_the_server(api: Api) -> None:
+    """Eight byte flips, cuts, repeats and splices of valid pictures, in batches; memory stays where it was."""
+    random = np.random.default_rng(8)
+    wholes = [
+        sb.picture(sb.YELLOW, size=(40, 30), format=format, **options)
+        for format, options in (
+            ("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("WEBP", {"lossless": True}),
+        )
+    ]  # fmt: skip
+    mutants = [mutant(random, wholes) for _ in range(2000)]
+    batch(api, mutants[:MOST])
+    before = peak_memory(api)
+    codes: dict[str, int] = {}
+    for at in range(0, 2000, MOST):
+        answer = batch(api, mutants[at : at + MOST])
+        assert answer.status == 200, answer.body
+        for item in answer.json["items"]:
+            code = item["problem"]["code"] if item["problem"] else "answered"
+            codes[code] = codes.get(code, 0) + 1
+    assert set(codes) <= {"answered", "corrupt", "unsupported_media", "too_large"} and sum(codes.values()) == 2000
+    assert min(codes.get("answered", 0), codes.get("corrupt", 0)) > 200, "the mutants must reach the decoders"
+    assert api.get("/ready").status == 200 and peak_memory(api) - before < 40_000_000
+
+
+def mutant(random: np.random.Generator, wholes: list[bytes]) -> bytes:
+    data = bytearray(wholes[int(random.integers(len(wholes)))])
+    kind = random.integers(5)
+    if kind == 0:
+        return bytes(data[: int(random.integers(1, len(data)))])
+    if kind == 1:
+        at, length = int(random.integers(len(data))), int(random.integers(1, 64))
+        return bytes(data[:at] + data[at : at + length] * 8 + data[at:])
+    if kind == 2:
+        other = wholes[int(random.integers(len(wholes)))]
+        return bytes(data[: int(random.integers(len(data)))]) + other[int(random.integers(len(other))) :]
+    for _ in range(int(random.integers(1, 9))):
+        data[int(random.integers(len(data)))] = int(random.integers(256))
+    return bytes(data)
