@@ -78,7 +78,7 @@ class Api:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", LAUNCH], env=os.environ | env, stdout=log, stderr=log
             )
-        wait_for(lambda: self.get("/ready" if ready else "/health").status == 200, 30, self.log_text)
+        wait_for(lambda: self.get("/ready" if ready else "/health").status == 200, 90, self.log_text)
         return self
 
     def stop(self, sig: int = signal.SIGTERM) -> int:
