@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from lawnwatch.serving import problems
+from lawnwatch.serving import problems, schemas
 from lawnwatch.serving.clients import needed_scope
 
 # Which codes a status may carry, each with what it means; the examples are real answers.
@@ -34,6 +34,8 @@ FAILURES: dict[int, dict[str, str]] = {
         "unavailable": "The database or the store does not answer.",
     },
 }
+BODIES = (schemas.PictureUrl, schemas.V2Request)
+SCHEMAS = "#/components/schemas/{model}"
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
@@ -44,7 +46,12 @@ def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def form(picture: dict[str, Any], **others: dict[str, Any]) -> dict[str, Any]:
     """The `openapi_extra` of a route that reads a form with the field `file`, or other media types."""
-    schema = {"type": "object", "required": ["file"], "properties": {"file": picture}}
+    schema = {
+        "type": "object",
+        "required": ["file"],
+        "properties": {"file": picture},
+        "additionalProperties": False,
+    }
     content = {
         "multipart/form-data": {"schema": schema},
         **{kind.replace("_", "/"): one for kind, one in others.items()},
@@ -54,7 +61,8 @@ def form(picture: dict[str, Any], **others: dict[str, Any]) -> dict[str, Any]:
 
 def json_body(kind: type[BaseModel]) -> dict[str, Any]:
     """The `openapi_extra` of a route that reads a JSON body of this kind."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}
+    schema = {"$ref": SCHEMAS.format(model=kind.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def complete(app: FastAPI) -> None:
@@ -64,15 +72,22 @@ def complete(app: FastAPI) -> None:
     def document() -> dict[str, Any]:
         made = make()
         parts = made.setdefault("components", {})
-        parts.setdefault("schemas", {})["Problem"] = problems.Problem.model_json_schema()
+        for name in ("HTTPValidationError", "ValidationError"):
+            parts.setdefault("schemas", {}).pop(name, None)
+        for kind in (problems.Problem, *BODIES):  # what routes read or raise themselves
+            schema = kind.model_json_schema(ref_template=SCHEMAS)
+            parts["schemas"] |= schema.pop("$defs", {}) | {kind.__name__: schema}
         parts["securitySchemes"] = {
             "bearer": {"type": "http", "scheme": "bearer", "description": "An API key, where the server requires one."},
             "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
         }
         for path, operations in made["paths"].items():
-            if needed_scope(path) is None:
-                continue
             for operation in operations.values():
+                # FastAPI adds its own error to whatever has a parameter; ours are said by each route.
+                if "application/json" in operation["responses"].get("422", {}).get("content", {}):
+                    del operation["responses"]["422"]
+                if needed_scope(path) is None:
+                    continue
                 operation["security"] = [{}, {"bearer": []}, {"header": []}]  # none, where keys are not required
                 operation["responses"] |= {str(status): _failure(status) for status in (401, 403)}
         return made

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Query
+from fastapi import FastAPI, Path, Query
 from fastapi.responses import JSONResponse, Response
+from pydantic import BeforeValidator
 
 from lawnwatch import predictions
 from lawnwatch.errors import NotFound
 from lawnwatch.serving import openapi, schemas
 from lawnwatch.serving.api import Api, media_type
+
+UUID: dict[str, Any] = {"format": "uuid", "examples": ["0198f2a4-7c1e-7b3a-9c55-3f0d1f2e4a6b"]}
+
+
+def _iso(value: object) -> object:
+    if not (isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d", value)):
+        raise ValueError("must be a date and time of ISO 8601, such as 2026-01-31T12:00:00Z")
+    return value
+
+
+Moment = Annotated[datetime, BeforeValidator(_iso)]  # without it a bare number would count as seconds since 1970
+Identity = Annotated[str, Path(description="`prediction_id` of an answer.", json_schema_extra=UUID)]
 
 
 def add(app: FastAPI, api: Api) -> None:
@@ -27,14 +41,16 @@ def add(app: FastAPI, api: Api) -> None:
     )
     def list_predictions(
         limit: Annotated[int, Query(ge=1, le=predictions.PAGE, description="Most records of the page.")] = 50,
-        before: Annotated[str | None, Query(max_length=64, description="`next` of the page before.")] = None,
+        before: Annotated[
+            str | None, Query(max_length=64, description="`next` of the page before.", json_schema_extra=UUID)
+        ] = None,
         label: Annotated[str | None, Query(max_length=190, description="Only this label.")] = None,
         version: Annotated[int | None, Query(ge=1, le=2**31 - 1, description="Only this model version.")] = None,
         since: Annotated[
-            datetime | None, Query(alias="from", description="Only from this moment on, ISO 8601; UTC unless it says.")
+            Moment | None, Query(alias="from", description="Only from this moment on, ISO 8601; UTC unless it says.")
         ] = None,
         until: Annotated[
-            datetime | None, Query(alias="to", description="Only before this moment, ISO 8601; UTC unless it says.")
+            Moment | None, Query(alias="to", description="Only before this moment, ISO 8601; UTC unless it says.")
         ] = None,
         min_confidence: Annotated[float | None, Query(ge=0, le=1, description="Only at least so confident.")] = None,
         max_confidence: Annotated[float | None, Query(ge=0, le=1, description="Only at most so confident.")] = None,
@@ -64,7 +80,7 @@ def add(app: FastAPI, api: Api) -> None:
         responses=openapi.failures(400, 404, 503),
         tags=["history"],
     )
-    def get_prediction(prediction_id: str) -> Response:
+    def get_prediction(prediction_id: Identity) -> Response:
         return JSONResponse(_item(predictions.get_prediction(api.catalog, prediction_id)))
 
     @app.get(
@@ -77,7 +93,7 @@ def add(app: FastAPI, api: Api) -> None:
         },
         tags=["history"],
     )
-    def get_image(prediction_id: str) -> Response:
+    def get_image(prediction_id: Identity) -> Response:
         one = predictions.get_prediction(api.catalog, prediction_id)
         if one.image_key is None:
             raise NotFound(

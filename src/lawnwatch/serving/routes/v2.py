@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Path, Request
 from fastapi.responses import JSONResponse, Response
 from numpy.typing import NDArray
 
@@ -20,6 +20,7 @@ from lawnwatch.serving.intake import V2_HEADER_LENGTH
 from lawnwatch.serving.predictor import Predictor
 
 F = TypeVar("F", bound=Callable[..., Any])
+Name = Annotated[str, Path(description="The model's name.", examples=["lawnwatch"])]
 
 
 def add(app: FastAPI, api: Api) -> None:
@@ -49,13 +50,13 @@ def add(app: FastAPI, api: Api) -> None:
 
     @get("/v2/models/{name}/ready", "Is the model ready?", schemas.V2ModelReady, 404, 503)
     @get("/v2/models/{name}/versions/{version}/ready", "Is this version ready?", schemas.V2ModelReady, 404, 503)
-    async def model_ready(name: str, version: str = "") -> Response:
+    async def model_ready(name: Name, version: str = "") -> Response:
         _named(api.welcome(), name, version)
         return JSONResponse({"name": name, "ready": True})
 
     @get("/v2/models/{name}", "What the model takes and gives", schemas.V2Model, 404, 503)
     @get("/v2/models/{name}/versions/{version}", "What this version takes and gives", schemas.V2Model, 404, 503)
-    async def metadata(name: str, version: str = "") -> Response:
+    async def metadata(name: Name, version: str = "") -> Response:
         return JSONResponse(_metadata(_named(api.admissible(), name, version)))
 
     for path in ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"):
@@ -73,7 +74,7 @@ def add(app: FastAPI, api: Api) -> None:
         )
 
         @infer_at
-        async def infer(request: Request, name: str, version: str = "") -> Response:
+        async def infer(request: Request, name: Name, version: str = "") -> Response:
             return await _infer(api, request, _named(api.admissible(), name, version))
 
 
