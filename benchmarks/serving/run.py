@@ -437,6 +437,7 @@ def main() -> None:
     given = parser.parse_args()
     if unknown := set(given.sections) - set(SECTIONS):
         parser.error(f"no such section: {', '.join(sorted(unknown))}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     with tempfile.TemporaryDirectory(prefix="lawnwatch-serving-") as folder:
         bench = Bench(given, Path(folder))
         for name in given.sections or SECTIONS:

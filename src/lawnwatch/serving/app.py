@@ -22,7 +22,6 @@ from lawnwatch.serving.clients import ClientMiddleware
 from lawnwatch.serving.envelope import Envelope
 from lawnwatch.serving.intake import intakes
 from lawnwatch.serving.routes import docs, history, predict, reports, state, v2
-from lawnwatch.serving.server import run as run  # where it was before
 from lawnwatch.serving.watcher import ModelWatcher
 
 logger = log.get(__name__)
