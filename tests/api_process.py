@@ -25,7 +25,7 @@ LAUNCH = """
 import sys
 from lawnwatch import log
 from lawnwatch.config import get_settings
-from lawnwatch.serving.app import run
+from lawnwatch.serving.server import run
 log.configure(json=True)
 run(get_settings())
 """

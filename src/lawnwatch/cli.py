@@ -631,7 +631,7 @@ def serve_command(
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on.")] = None,
 ) -> None:
     """Answer POST /predict with the released model until a signal ends it."""
-    from lawnwatch.serving.app import run
+    from lawnwatch.serving.server import run
 
     settings = get_settings()
     given = {key: value for key, value in (("host", host), ("port", port)) if value is not None}

@@ -148,7 +148,12 @@ class ServingSettings(BaseModel):
     host: str = Field("127.0.0.1", description="Address the API listens on.")
     port: int = Field(8000, description="Port the API listens on.")
     threads: int = Field(2, ge=1, description="Inferences under way at once; each holds one thread.")
-    queue: int = Field(32, ge=0, description="Requests that may wait for a thread; more are refused with 503.")
+    queue: int = Field(256, ge=0, description="Requests that may wait for a thread; more are refused with 503.")
+    max_wait: float = Field(
+        2.0,
+        gt=0,
+        description="Seconds that a request may wait for a thread; `queue` shrinks to that at the measured speed.",
+    )
     max_upload_bytes: int = Field(20_000_000, ge=1, description="Largest request body, bytes.")
     request_timeout: float = Field(30.0, gt=0, description="Seconds for a request, its body's arrival included.")
     poll_seconds: float = Field(1.0, gt=0, description="How often the release target is looked at.")

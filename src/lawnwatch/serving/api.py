@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from prometheus_client.core import Metric
+from starlette.requests import Request
+from starlette.responses import Response
 
 from lawnwatch import images, keys, log, predictions
 from lawnwatch.catalog import Catalog
@@ -15,6 +16,7 @@ from lawnwatch.serving.admission import Admission, Draining
 from lawnwatch.serving.clients import KeyRing
 from lawnwatch.serving.metrics import Metrics, counter, gauge
 from lawnwatch.serving.predictor import UNKNOWN_LABEL, Predictor
+from lawnwatch.serving.turns import FairPool
 from lawnwatch.serving.watcher import ModelWatcher
 from lawnwatch.store import ObjectStore, open_store
 
@@ -26,20 +28,22 @@ UNCERTAIN_BELOW = 0.8  # answers less confident than this are kept with their pi
 class Api:
     """The service behind the routes; nothing is loaded before `start`."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, watcher: ModelWatcher | None = None) -> None:
         self.settings = settings
         self.metrics = Metrics()
         serving = settings.serving
         self.admission = Admission(
-            threads=serving.threads, places=serving.threads + serving.queue, metrics=self.metrics
+            threads=serving.threads,
+            places=serving.threads + serving.queue,
+            max_wait=serving.max_wait,
+            metrics=self.metrics,
         )
         self.catalog = Catalog(settings)
         self._store: ObjectStore | None = None
-        self.watcher = ModelWatcher(
-            settings, lambda: open_store(settings), on_rejected=self.metrics.model_rejections.inc
-        )
+        self.watcher = watcher or ModelWatcher(settings, lambda: open_store(settings))
         self.ring = KeyRing(lambda: keys.list_keys(self.catalog)) if serving.require_keys else None
-        self.pool = ThreadPoolExecutor(serving.threads, thread_name_prefix="predict")
+        self.pool = FairPool(serving.threads)
+        self.direct: dict[str, Callable[[Request], Awaitable[Response]]] = {}  # routes that admission calls itself
         self.writer: predictions.PredictionWriter | None = None
         self.metrics.observe(self._families)
 
@@ -108,12 +112,13 @@ class Api:
         watcher, admission, writer = self.watcher, self.admission, self.writer
         loaded = watcher.current
         yield gauge("lawnwatch_places_taken", "Predictions under way or waiting.", admission.taken)
-        yield gauge("lawnwatch_places", "Predictions that may be under way or wait.", admission.places)
+        yield gauge("lawnwatch_places", "Predictions that may be under way or wait.", admission.limit)
         yield gauge("lawnwatch_slow_senders", "Bodies that take their time.", admission.slow)
         yield gauge("lawnwatch_body_held_bytes", "Bodies in memory.", admission.held)
         yield gauge("lawnwatch_draining", "1 while the process is ending.", float(admission.draining))
         yield gauge("lawnwatch_model_ready", "1 when a verified model serves.", float(loaded is not None))
         yield gauge("lawnwatch_store_up", "1 when the store answered last.", float(watcher.store_reachable))
+        yield counter("lawnwatch_model_rejections", "Bundles refused at load.", watcher.rejections)
         yield gauge("lawnwatch_model_rejected", "1 while the target is refused.", float(watcher.rejected is not None))
         if loaded is not None:
             model = loaded.predictor

@@ -22,13 +22,18 @@ from lawnwatch.serving.clients import ClientMiddleware
 from lawnwatch.serving.envelope import Envelope
 from lawnwatch.serving.intake import intakes
 from lawnwatch.serving.routes import docs, history, predict, reports, state, v2
+from lawnwatch.serving.watcher import ModelWatcher
 
 logger = log.get(__name__)
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The API as an ASGI application; nothing is loaded before its lifespan begins."""
-    api = Api(settings)
+def create_app(settings: Settings, watcher: ModelWatcher | None = None) -> FastAPI:
+    """The API as an ASGI application; nothing is loaded before its lifespan begins.
+
+    Args:
+        watcher: one that follows the release target already.
+    """
+    api = Api(settings, watcher)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -67,6 +72,7 @@ def _wrap(app: FastAPI, api: Api) -> None:
         intake=intake,
         check=api.admissible,
         timeout=serving.request_timeout,
+        direct=api.direct,
     )
     app.add_middleware(
         ClientMiddleware,
@@ -117,26 +123,3 @@ def _explain_errors(app: FastAPI) -> None:
         headers = dict(error.headers or {})
         hint = "/docs lists all addresses."
         return problems.problem(error.status_code, code, detail, hint, headers=headers, path=request.url.path)
-
-
-# --- the process --------------------------------------------------------------------------------------------
-
-
-def run(settings: Settings) -> None:
-    """Serve until a signal ends it: not ready, drain, flush the records, return.
-
-    Raises:
-        SettingsError: the address cannot be listened on.
-    """
-    from lawnwatch.serving import server
-
-    serving = settings.serving
-    sock = server.listen(serving.host, serving.port)
-    app = create_app(settings)
-    api: Api = app.state.api
-    logger.info("serving", address=f"http://{serving.host}:{sock.getsockname()[1]}")
-    server.Server(
-        server.config(app, graceful_seconds=serving.request_timeout),
-        drain_seconds=serving.drain_seconds,
-        on_drain=api.drain,
-    ).run([sock])

@@ -24,7 +24,18 @@ from prometheus_client.registry import Collector
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 STAGES = ("body", "fetch", "queue", "decode", "infer", "explain")
-REFUSALS = ("queue_full", "no_model", "draining", "too_large", "too_slow", "memory", "media", "gone", "key")
+REFUSALS = (
+    "queue_full",
+    "pushed_out",
+    "no_model",
+    "draining",
+    "too_large",
+    "too_slow",
+    "memory",
+    "media",
+    "gone",
+    "key",
+)
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _SHARES = tuple(step / 20 for step in range(1, 20))
@@ -76,7 +87,6 @@ class Metrics:
         self.batch_pictures = Histogram(
             "lawnwatch_predict_batch_pictures", "Pictures of a batch.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=on
         )
-        self.model_rejections = Counter("lawnwatch_model_rejections", "Bundles refused at load.", registry=on)
         for stage in STAGES:
             self.stage_seconds.labels(stage)
         for reason in REFUSALS:

@@ -114,8 +114,7 @@ class Predictor:
             UnsupportedMedia, ImageTooLarge, ImageError: not a picture that can be used.
         """
         started = time.perf_counter()
-        info = images.inspect(data, max_pixels=self._max_pixels)
-        rgb = images.decode(data, size=self.size, max_pixels=self._max_pixels)
+        info, rgb = images.inspect_and_decode(data, size=self.size, max_pixels=self._max_pixels)
         return self._judge(info, rgb, started)
 
     def answer_pixels(self, rgb: images.Rgb) -> Answer:
@@ -134,6 +133,7 @@ class Predictor:
             shares = probabilities(outputs.logits, self.manifest.temperature)
             score = self._detector.score(outputs) if self._detector is not None else None
         inferred = time.perf_counter()
+        brightness, sharpness = images.light_and_blur(rgb)
         best = int(shares.argmax())
         unknown = score is not None and self._detector is not None and score >= self._detector.spec.threshold
         return Answer(
@@ -145,8 +145,8 @@ class Predictor:
             image=info,
             embedding=outputs.embedding.astype("<f2").tobytes(),
             cam=None if outputs.cam is None else outputs.cam[..., best],
-            brightness=images.brightness(rgb),
-            sharpness=images.sharpness(rgb),
+            brightness=brightness,
+            sharpness=sharpness,
             decode_seconds=decoded - started,
             infer_seconds=inferred - decoded,
         )

@@ -51,6 +51,8 @@ def add(app: FastAPI, api: Api) -> None:
         body = {"body": state["body_seconds"]}
         return _said(api, body, await answers.of_picture(api, request, api.admissible(), picture, explain=explain))
 
+    api.direct["/predict"] = predict
+
     @app.post(
         "/predict/batch",
         summary="What do the pictures show?",
