@@ -160,6 +160,7 @@ def test_the_whole_road_and_a_second_time(world, photos):
         "recheck": "skipped",
         "quality": "success",
         "snapshot": "success",
+        "prune": "success",
     }
     assert first["training_pipeline"]["tasks"] == {
         "check": "success",
@@ -194,6 +195,7 @@ def test_the_whole_road_and_a_second_time(world, photos):
         "recheck": "skipped",
         "quality": "success",
         "snapshot": "skipped",
+        "prune": "success",
     }
     assert second["training_pipeline"]["tasks"] == {
         "check": "success",

@@ -491,6 +491,14 @@ def test_the_documentation_comes_from_here_alone(api: Api) -> None:
     problem(api.get("/docs/other.js"), 404, "not_found")
 
 
+def test_the_documentation_draws_itself_where_no_name_resolves(api: Api, chromium: str) -> None:
+    """A real browser that can reach this server only, and holds the page to its content security policy."""
+    offline = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+    argv = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", offline]
+    ended = subprocess.run([*argv, "--dump-dom", f"{api.url}/docs"], capture_output=True, text=True, timeout=120)
+    assert "/predict/batch" in ended.stdout and "Authorize" in ended.stdout, ended.stdout[-2000:] + ended.stderr[-2000:]
+
+
 def test_every_error_of_every_address_is_documented(api: Api) -> None:
     document = api.get("/openapi.json").json
     for path, operations in document["paths"].items():

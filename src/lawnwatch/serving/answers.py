@@ -192,5 +192,5 @@ def _heat_map(picture: bytes, answer: Answer, max_pixels: int) -> str | None:
         return None
     small = images.thumbnail(picture, width=EXPLANATION_SIDE, height=EXPLANATION_SIDE, max_pixels=max_pixels)
     buffer = io.BytesIO()
-    Image.fromarray(heatmap.overlay(small, answer.cam)).save(buffer, "PNG")
+    Image.fromarray(heatmap.overlay(small, answer.cam)).save(buffer, "PNG", compress_level=3)
     return base64.b64encode(buffer.getvalue()).decode()

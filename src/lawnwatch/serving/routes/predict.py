@@ -16,6 +16,7 @@ from lawnwatch.serving import answers, openapi, problems, schemas, uploads
 from lawnwatch.serving.answers import Answered
 from lawnwatch.serving.api import Api, named
 from lawnwatch.serving.fetching import PictureFetcher
+from lawnwatch.serving.turns import current_client
 
 Explain = Annotated[
     bool,
@@ -111,6 +112,7 @@ def add(app: FastAPI, api: Api) -> None:
     )
     async def predict_url(request: Request, explain: Explain = False) -> Response:
         state = request.scope["state"]
+        current_client.set(state["client"])  # admission, which sets it elsewhere, does not see this body
         state["arrived"] = time.perf_counter()
         state["deadline"] = asyncio.get_running_loop().time() + serving.request_timeout
         api.welcome()
