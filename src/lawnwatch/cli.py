@@ -47,11 +47,15 @@ data_app = typer.Typer(help="Look after what is stored: quality report and reche
 snapshot_app = typer.Typer(help="Immutable lists of images with their splits.", no_args_is_help=True)
 model_app = typer.Typer(help="Model versions, and which of them is champion.", no_args_is_help=True)
 rollout_app = typer.Typer(help="Which released model version is served.", no_args_is_help=True)
+predictions_app = typer.Typer(help="What the API answered, as it is recorded.", no_args_is_help=True)
+key_app = typer.Typer(help="API keys: who may ask the API.", no_args_is_help=True)
 app.add_typer(catalog_app, name="catalog")
 app.add_typer(data_app, name="data")
 app.add_typer(snapshot_app, name="snapshot")
 app.add_typer(model_app, name="model")
 app.add_typer(rollout_app, name="rollout")
+app.add_typer(predictions_app, name="predictions")
+app.add_typer(key_app, name="key")
 
 
 # --- what every step shares ---------------------------------------------------------------------------------
@@ -711,11 +715,56 @@ def serve_command(
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on.")] = None,
 ) -> None:
     """Answer POST /predict with the released model until a signal ends it."""
-    from lawnwatch.serving.app import run
+    from lawnwatch.serving.server import run
 
     settings = get_settings()
     given = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     run(settings.model_copy(update={"serving": settings.serving.model_copy(update=given)}))
+
+
+@predictions_app.command("prune", epilog="Example: lawnwatch predictions prune --days 30")
+def predictions_prune(
+    days: Annotated[
+        int | None, typer.Option(min=0, help="Days that are kept; 0: for ever. LAWNWATCH_SERVING__RETENTION_DAYS.")
+    ] = None,
+) -> None:
+    """Delete recorded predictions older than the retention, with their pictures. Running it again is safe."""
+    from lawnwatch import predictions
+
+    settings, catalog, store = opened()
+    kept = settings.serving.retention_days if days is None else days
+    emit(predictions.prune(catalog, store, days=kept, progress=progress))
+
+
+@key_app.command("create", epilog="Example: lawnwatch key create --name 'web app' --scope predict --scope admin")
+def key_create(
+    name: Annotated[str, typer.Option(help="Who or what holds the key.")],
+    scope: Annotated[
+        list[str] | None, typer.Option(help="predict (the default): ask for predictions; admin: see all, too.")
+    ] = None,
+) -> None:
+    """Make an API key. It is printed this once; only its hash is kept."""
+    from lawnwatch import keys
+
+    emit(keys.create(opened_catalog(), name, scope or [keys.PREDICT]))
+
+
+@key_app.command("list", epilog="Example: lawnwatch key list")
+def key_list() -> None:
+    """All API keys, without their secrets."""
+    from lawnwatch import keys
+
+    emit({"keys": keys.list_keys(opened_catalog())})
+
+
+@key_app.command("revoke", epilog="Example: lawnwatch key revoke 0f1e2d3c4b5a6978")
+def key_revoke(
+    key_id: Annotated[str, typer.Argument(help="Id of the key, as `key list` shows it.")],
+) -> None:
+    """Refuse a key from now on; running servers do within five seconds."""
+    from lawnwatch import keys
+
+    emit(keys.revoke(opened_catalog(), key_id))
 
 
 # --- the program --------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
-from pydantic import AliasChoices, BaseModel, Field, SecretStr, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, Field, IPvAnyNetwork, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError as UnreadableSettings
 
@@ -156,15 +156,43 @@ class ServingSettings(BaseModel):
     host: str = Field("127.0.0.1", description="Address the API listens on.")
     port: int = Field(8000, description="Port the API listens on.")
     threads: int = Field(2, ge=1, description="Inferences under way at once; each holds one thread.")
-    queue: int = Field(32, ge=0, description="Requests that may wait for a thread; more are refused with 503.")
+    queue: int = Field(256, ge=0, description="Requests that may wait for a thread; more are refused with 503.")
+    max_wait: float = Field(
+        2.0,
+        gt=0,
+        description="Seconds that a request may wait for a thread; `queue` shrinks to that at the measured speed.",
+    )
     max_upload_bytes: int = Field(20_000_000, ge=1, description="Largest request body, bytes.")
     request_timeout: float = Field(30.0, gt=0, description="Seconds for a request, its body's arrival included.")
     poll_seconds: float = Field(1.0, gt=0, description="How often the release target is looked at.")
     drain_seconds: float = Field(0.0, ge=0, description="After SIGTERM: seconds not ready before draining begins.")
-    record_images: Literal["none", "uncertain", "all"] = Field(
+    record_images: Literal["none", "sampled", "uncertain", "all"] = Field(
         "all", description="Which uploaded pictures are kept with their prediction."
     )
+    record_sample: float = Field(0.05, ge=0, le=1, description="Share of the pictures that `sampled` keeps.")
     record_queue: int = Field(1000, ge=1, description="Predictions that may wait to be recorded; more are dropped.")
+    retention_days: int = Field(
+        90,
+        ge=0,
+        description="Days that predictions and their pictures are kept; 0: for ever. `predictions prune` deletes.",
+    )
+    max_batch_pictures: int = Field(32, ge=1, description="Most pictures of one batch.")
+    max_batch_bytes: int = Field(50_000_000, ge=1, description="Largest body of a batch, bytes.")
+    url_hosts: list[str] = Field(
+        [],
+        description="Hosts, with subdomains, that `POST /predict/url` fetches from (JSON list); empty: it is off.",
+    )
+    url_timeout: float = Field(10.0, gt=0, description="Seconds for fetching a picture by URL.")
+    url_concurrency: int = Field(8, ge=1, description="Pictures fetched by URL at once; more are refused with 503.")
+    require_keys: bool = Field(
+        False, description="Ask for API keys (`lawnwatch key create`); unset, everybody may do everything."
+    )
+    cors_origins: list[str] = Field(
+        [], description="Web origins whose pages may call the API, such as https://example.org (JSON list)."
+    )
+    trusted_proxies: list[IPvAnyNetwork] = Field(
+        [], description="Networks of proxies whose X-Forwarded-For names the client (JSON list), such as 10.0.0.0/8."
+    )
 
 
 class Settings(BaseSettings):

@@ -29,7 +29,7 @@ import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from lawnwatch import bundle, dataset, evaluation_report, gate, images, measure, registry, train
+from lawnwatch import bundle, dataset, evaluation_report, gate, heatmap, images, measure, registry, train
 from lawnwatch.catalog import Catalog, ImageRecord
 from lawnwatch.config import GateSettings, Settings
 from lawnwatch.errors import DataError, IntegrityError, NotFound, Unavailable
@@ -559,7 +559,7 @@ def _shown(
         cam = model.graph(picture).cam
         return evaluation_report.Tile(
             picture=picture,
-            overlay=None if cam is None else evaluation_report.overlay(picture, cam[..., said]),
+            overlay=None if cam is None else heatmap.overlay(picture, cam[..., said]),
             label=rows[i].label,
             predicted=model.classes[said],
             probability=float(sure[i]),

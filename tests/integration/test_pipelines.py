@@ -161,6 +161,7 @@ def test_the_whole_road_and_a_second_time(world, photos):
         "recheck": "skipped",
         "quality": "success",
         "snapshot": "success",
+        "prune": "success",
     }
     assert first["training_pipeline"]["tasks"] == {
         "check": "success",
@@ -196,6 +197,7 @@ def test_the_whole_road_and_a_second_time(world, photos):
         "recheck": "skipped",
         "quality": "success",
         "snapshot": "skipped",
+        "prune": "success",
     }
     assert second["training_pipeline"]["tasks"] == {
         "check": "success",

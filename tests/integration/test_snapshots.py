@@ -19,7 +19,8 @@ from lawnwatch.catalog import Catalog, ImageRecord, SnapshotRecord
 from lawnwatch.config import Settings
 from lawnwatch.dataset import splits
 from lawnwatch.errors import NotFound, Unavailable
-from lawnwatch.store import LocalStore, S3Store, open_store, sha256_of
+from lawnwatch.store import LocalStore, open_store, sha256_of
+from lawnwatch.store.s3 import S3Store
 
 pytestmark = pytest.mark.integration
 # Processes forked from one that has imported all this and started no thread.

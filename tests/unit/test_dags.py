@@ -21,6 +21,7 @@ EDGES = {
         "recheck": ["quality"],
         "quality": ["snapshot"],
         "snapshot": [],
+        "prune": [],
     },
     "training_pipeline": {
         "check": ["anything_new", "candidate", "snapshot", "unchanged"],
