@@ -33,9 +33,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import homes
-import load
 from PIL import Image
 
+import load
 import processes
 from lawnwatch import bundle
 

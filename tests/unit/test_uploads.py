@@ -1,4 +1,4 @@
-"""The usual form is read by a short cut; it must find what the parser finds, and nothing where the parser finds none."""
+"""The usual form is read by a short cut: it must find what the parser finds, and nothing where that finds none."""
 
 from __future__ import annotations
 
