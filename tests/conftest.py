@@ -25,6 +25,16 @@ from lawnwatch.store import LocalStore, open_store
 from processes import Server, answers, free_port, program, served
 from road import Road, build, quiet
 
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers, tests on one costly fixture stay together; unit tests go where there is room."""
+    for item in items:
+        if item.get_closest_marker("unit") is None:
+            shared = "trained" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group("model" if shared else "servers"))
+
+
 # ── settings and data ───────────────────────────────────────────────────────────────────────────────────────
 
 
