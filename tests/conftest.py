@@ -26,6 +26,7 @@ from processes import Server, answers, free_port, program, served
 from road import Road, build, quiet
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several workers, tests on one costly fixture stay together; unit tests go where there is room."""
     for item in items:
