@@ -389,12 +389,14 @@ def memory(bench: Bench) -> None:
         answered = 0
         while answered < 10_000:
             answered += sum(server.load(mixed, 10)["statuses"].values())
+        time.sleep(10)  # the queue of records is written
         first = processes.pss_mib(server.pid)
         print(f"after {answered} mixed requests: {first:.1f} MiB", flush=True)
         end = time.monotonic() + 60 * bench.given.minutes
         while time.monotonic() < end:
             pss = server.load(mixed, 20)["pss_mib"]
             print(f"  {pss:.1f} MiB", flush=True)
+        time.sleep(10)
         print(f"growth over {bench.given.minutes:g} minutes: {processes.pss_mib(server.pid) - first:+.1f} MiB")
     finally:
         server.stop()
