@@ -32,7 +32,7 @@ clean: stop ## delete what the demo and the tests made (var, var-samples, caches
 .PHONY: test
 test: .venv-dev ## every test, against real MariaDB, MinIO, MLflow, Airflow and Chromium (installs what is missing)
 	@infra/test-servers
-	$(PYTEST) -n $(WORKERS) --dist loadgroup --cov --cov-report=term:skip-covered $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist loadscope --no-loadscope-reorder --cov --cov-report=term:skip-covered $(ARGS)
 
 .PHONY: test-unit
 test-unit: .venv-dev ## the fast tests: no server, no browser

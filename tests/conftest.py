@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 import samples
 from lawnwatch import config
@@ -26,13 +28,23 @@ from processes import Server, answers, free_port, program, served
 from road import Road, build, quiet
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers, tests on one costly fixture stay together; unit tests go where there is room."""
-    for item in items:
-        if item.get_closest_marker("unit") is None:
-            shared = "trained" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group("model" if shared else "servers"))
+class Together(LoadScopeScheduling):
+    """With several workers, the files that share a trained model stay on one, other files with servers on another.
+
+    Their costly fixtures are then made once; the unit tests go, a file at a time, where there is room.
+    """
+
+    TRAINED = ("test_approval", "test_gate", "test_model", "test_serving_real", "test_training_faults")
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = Path(nodeid.partition("::")[0])
+        if file.parent.name == "unit":
+            return file.stem
+        return "model" if file.stem in self.TRAINED else "servers"
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return Together(config, log)
 
 
 # ── settings and data ───────────────────────────────────────────────────────────────────────────────────────
