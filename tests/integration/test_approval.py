@@ -17,26 +17,39 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# `dag.test()` runs every task of the DAG in this process; a second thread is the person who answers what the operator
-# asks (or nobody does).
+# `dag.test()` runs every task of the DAG in this process. A second thread is the person who answers what is asked,
+# as Airflow's page does it, and where nobody does it is the scheduler, whose sweep ends the waiting.
 APPROVAL = """
-import json, sys, threading, time
+import json, sys, threading
 from datetime import timedelta
 from airflow.dag_processing.dagbag import DagBag
+from airflow.jobs.job import Job
+from airflow.jobs.scheduler_job_runner import SchedulerJobRunner
 from airflow.models.hitl import HITLDetail
+from airflow.models.taskinstance import TaskInstance
+from airflow.models.trigger import handle_event_submit
+from airflow.triggers.base import TriggerEvent
 from airflow.utils.session import create_session
 from airflow._shared.timezones.timezone import utcnow
 
 answer, stop, asked = sys.argv[2], threading.Event(), []
 
 def person():
+    scheduler = SchedulerJobRunner(job=Job())
     while not stop.wait(1):
         with create_session() as session:
-            for detail in session.query(HITLDetail).where(HITLDetail.responded_at.is_(None)):
-                asked.append([detail.subject, detail.body])
-                if answer:
-                    detail.chosen_options, detail.responded_at = [answer], utcnow()
-                    detail.responded_by = {"id": "1", "name": "a person"}
+            waiting = session.query(TaskInstance).where(TaskInstance.state == "awaiting_input").one_or_none()
+            if waiting is None:
+                continue
+            detail = session.get(HITLDetail, waiting.id)
+            asked.append([detail.subject, detail.body])
+            if answer:
+                detail.chosen_options, detail.responded_at = [answer], utcnow()
+                detail.responded_by = {"id": "1", "name": "a person"}
+                event = TriggerEvent(detail.as_resume_event_payload())
+                handle_event_submit(event, task_instance=waiting, session=session)
+        if not answer:
+            scheduler.check_awaiting_input_timeouts()
 
 bag = DagBag(sys.argv[1])
 assert not bag.import_errors, bag.import_errors
