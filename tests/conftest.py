@@ -29,18 +29,13 @@ from road import Road, build, quiet
 
 
 class Together(LoadScopeScheduling):
-    """With several workers, the files that share a trained model stay on one, other files with servers on another.
-
-    Their costly fixtures are then made once; the unit tests go, a file at a time, where there is room.
-    """
+    """With several workers, a file at a time goes where there is room; those that share a trained model stay together."""
 
     TRAINED = ("test_approval", "test_gate", "test_model", "test_serving_real", "test_training_faults")
 
     def _split_scope(self, nodeid: str) -> str:
-        file = Path(nodeid.partition("::")[0])
-        if file.parent.name == "unit":
-            return file.stem
-        return "model" if file.stem in self.TRAINED else "servers"
+        file = Path(nodeid.partition("::")[0]).stem
+        return "trained" if file in self.TRAINED else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:

@@ -123,6 +123,7 @@ def world(request, tmp_path, weights, photos, airflow_database):
         env |= {
             "LAWNWATCH_DATABASE_URL": request.getfixturevalue("mariadb"),
             "MLFLOW_TRACKING_URI": request.getfixturevalue("mlflow_server"),
+            "LAWNWATCH_TRAIN__CANDIDATES": '["linear_probe"]',  # all of them are trained by the embedded run
         }
     world = World(home, env, f"http://127.0.0.1:{port}")
     catalog = reference_catalog.write(tmp_path / "urls.csv", reference_catalog.records(per_label=PER_LABEL))
