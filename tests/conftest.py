@@ -29,7 +29,7 @@ from road import Road, build, quiet
 
 
 class Together(LoadScopeScheduling):
-    """With several workers, a file at a time goes where there is room; those that share a trained model stay together."""
+    """With several workers, a file goes where there is room; files that share a trained model stay together."""
 
     TRAINED = ("test_approval", "test_gate", "test_model", "test_serving_real", "test_training_faults")
 
