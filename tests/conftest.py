@@ -42,6 +42,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
     return Together(config, log)
 
 
+DRAWN = 160  # pictures of a label: a test split of 64 is the smallest that can show that a model is not worse
+
 # ── settings and data ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -100,7 +102,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = Path(folder).resolve()
         assert any(path.glob("*/*.jpg")), f"LAWNWATCH_TEST_PHOTOS={folder} holds no <label>/*.jpg"
         return path
-    return samples.draw(tmp_path_factory.mktemp("photos"))
+    return samples.draw(tmp_path_factory.mktemp("photos"), DRAWN)
 
 
 @pytest.fixture(scope="session")

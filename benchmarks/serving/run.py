@@ -149,10 +149,17 @@ class Bench:
         return Server(name, [self.given.python, "-m", "lawnwatch", "serve"], {"PYTHONPATH": str(SOURCE), **settings})
 
     def peers(self) -> list[Server]:
-        """The packaged servers whose environments there are, on the float32 graph, one worker a core."""
+        """The packaged servers whose environments there are, on the float32 graph, one worker a core.
+
+        Each once with the decode that its users write, and once, as `name+`, with this project's.
+        """
         if self.given.peers is None:
             return []
+        return self._peers("usual") + self._peers("lawnwatch")
+
+    def _peers(self, decode: str) -> list[Server]:
         work = {"PEER_MODEL": str(self.models["float32"]), "PYTHONPATH": f"{SOURCE}:{HERE / 'peers'}"}
+        work["PEER_DECODE"] = decode
         found, peers = [], self.given.peers.resolve()
         for name in ("bentoml", "litserve", "mlserver"):
             python, here = peers / name / "bin" / "python", HERE / "peers"
@@ -164,7 +171,7 @@ class Bench:
             elif name == "litserve":
                 found.append(Server(name, [str(python), "litserve_server.py"], work, here, base64=True))
             else:
-                settings = self.folder / "mlserver"
+                settings = self.folder / f"mlserver-{decode}"
                 settings.mkdir(exist_ok=True)
                 model = {"name": "lawn", "implementation": "mlserver_runtime.Lawn"}
                 (settings / "model-settings.json").write_text(json.dumps(model))
@@ -173,6 +180,8 @@ class Bench:
                 host = {"host": "127.0.0.1", "parallel_workers": 2, "debug": False}
                 (settings / "settings.json").write_text(json.dumps({**host, **ports}))
                 found.append(server)
+        for server in found:
+            server.name += "+" if decode == "lawnwatch" else ""
         return found
 
     def student(self) -> list[Server]:

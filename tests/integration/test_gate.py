@@ -265,8 +265,6 @@ def test_41_an_equal_challenger_needs_a_reason_and_can_be_rolled_back(champion: 
 
 def test_a_verdict_holds_only_against_the_champion_it_compared_with(champion: Road) -> None:
     """Promoted, rolled back, promoted: each time the verdict against the champion of that moment decides."""
-    if len(champion.snapshot.split("test")) < 62:
-        pytest.skip("so few test images cannot show non-inferiority")
     settings, catalog = champion.settings, champion.catalog
     first, second = (challenger(champion, reason=why) for why in ("one", "two"))
     assert {judged(champion, run_id).decision for run_id in (first, second)} == {"promote"}
@@ -332,8 +330,6 @@ def test_34_of_two_promotions_at_once_one_wins_and_the_other_is_judged_again(
 
 def test_a_champion_of_another_preprocessing_is_a_reason_by_itself(champion: Road) -> None:
     """Nobody gave a reason, and the data are the same; but the champion cannot be released any more."""
-    if len(champion.snapshot.split("test")) < 62:
-        pytest.skip("so few test images cannot show non-inferiority")
     run_id = challenger(champion)
     theirs = registry.artifacts(champion.settings, champion.result.run_id, "model")
     facts = json.loads((theirs / "model.json").read_text())
@@ -454,8 +450,6 @@ def strange_pictures() -> dict[str, bytes]:
 def test_what_is_no_plant_is_unknown_over_http_and_its_probabilities_are_still_there(
     champion: Road, weights: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    if weights == "none" or champion.snapshot.samples:
-        pytest.skip("drawn pictures on random features: nothing to tell apart")
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     env = os.environ | {
@@ -482,9 +476,11 @@ def test_what_is_no_plant_is_unknown_over_http_and_its_probabilities_are_still_t
     for answer in (*strange.values(), *known):
         assert set(answer["probabilities"]) == set(champion.snapshot.classes)
         assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-3)
+    assert sum(answer["label"] == "unknown" for answer in known) <= 0.15 * len(known)
+    if weights == "none":
+        return  # random features cannot tell what is strange; what was asked above holds for any
     missed = [name for name, answer in strange.items() if answer["label"] != "unknown"]
     assert len(missed) <= 0.15 * len(strange), missed
-    assert sum(answer["label"] == "unknown" for answer in known) <= 0.15 * len(known)
     inside, outside = ([one["unknown_score"] for one in some] for some in (known, strange.values()))
     auroc = np.mean([[float(s > k) + 0.5 * (s == k) for k in inside] for s in outside])
     record_property("auroc", float(auroc))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import queue
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,7 +60,7 @@ class Predictor:
 
     Args:
         bundle: a bundle whose hashes were verified.
-        threads: how many may predict at once.
+        threads: how many will predict; a graph is ready for each of them.
         max_pixels: largest picture, decided before decoding.
 
     Raises:
@@ -81,14 +79,12 @@ class Predictor:
                 hint="Train and release again with this release of lawnwatch.",
             )
         self._detector = UnknownDetector.of(bundle)
-        model = bundle.bytes_of(MODEL)
-        first = Graph(model, classes=len(self._classes))
-        self.size = first.size
-        self._graphs: queue.SimpleQueue[Graph] = queue.SimpleQueue()
-        self._graphs.put(first)
+        self._mine = threading.local()  # a thread stays with one graph, whose tensors are in its core's cache
+        self._graphs = [self._new_graph()]  # those that no thread has taken yet
+        self.size = self._graphs[0].size
         self.golden = self._prove()
-        for _ in range(threads - 1):
-            self._graphs.put(Graph(model, classes=len(self._classes)))
+        self._graphs = [self._mine.graph, *(self._new_graph() for _ in range(threads - 1))]
+        del self._mine.graph  # whoever proves it need not be one of those who will predict
 
     @property
     def version(self) -> int:
@@ -128,10 +124,9 @@ class Predictor:
 
     def _judge(self, info: images.ImageInfo, rgb: images.Rgb, started: float) -> Answer:
         decoded = time.perf_counter()
-        with self._graph() as graph:
-            outputs = graph(rgb)
-            shares = probabilities(outputs.logits, self.manifest.temperature)
-            score = self._detector.score(outputs) if self._detector is not None else None
+        outputs = self._graph()(rgb)
+        shares = probabilities(outputs.logits, self.manifest.temperature)
+        score = self._detector.score(outputs) if self._detector is not None else None
         inferred = time.perf_counter()
         brightness, sharpness = images.light_and_blur(rgb)
         best = int(shares.argmax())
@@ -161,18 +156,23 @@ class Predictor:
                 hint="Release the model again; the bundle before it goes on serving.",
             )
         noise = np.random.default_rng(0).integers(0, 256, (self.size, self.size, 3), dtype=np.uint8)
-        with self._graph() as graph:
-            if np.array_equal(graph(noise).logits, graph(np.zeros_like(noise)).logits):
-                raise IntegrityError(
-                    f"bundle {self.sha256[:12]} answers the same whatever the picture shows.",
-                    hint="Train and release again.",
-                )
+        graph = self._graph()
+        if np.array_equal(graph(noise).logits, graph(np.zeros_like(noise)).logits):
+            raise IntegrityError(
+                f"bundle {self.sha256[:12]} answers the same whatever the picture shows.",
+                hint="Train and release again.",
+            )
         return report
 
-    @contextmanager
-    def _graph(self) -> Iterator[Graph]:
-        graph = self._graphs.get()
-        try:
-            yield graph
-        finally:
-            self._graphs.put(graph)
+    def _graph(self) -> Graph:
+        """This thread's graph."""
+        if not hasattr(self._mine, "graph"):
+            try:
+                self._mine.graph = self._graphs.pop()
+            except IndexError:
+                self._mine.graph = self._new_graph()
+        graph: Graph = self._mine.graph
+        return graph
+
+    def _new_graph(self) -> Graph:
+        return Graph(self.bundle.bytes_of(MODEL), classes=len(self._classes))

@@ -197,7 +197,9 @@ def run_candidate(
     checkpoint = Checkpoint(store, found.fingerprint)
     kept = checkpoint.load(name) is not None
     with _workplace(settings, found.fingerprint) as work:
-        materials = Materials(settings, store, snapshot, work, cuts=name == "fine_tuned", progress=progress)
+        # With the cuts for all, where one will be fine-tuned: side by side on one machine they share what is computed.
+        cuts = "fine_tuned" in found.candidates
+        materials = Materials(settings, store, snapshot, work, cuts=cuts, progress=progress)
         candidate, _ = _trained(name, materials, checkpoint, begun, progress)
     said = "had been trained before" if kept else f"trained in {candidate.seconds:.0f} s"
     return CandidateResult(
