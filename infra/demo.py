@@ -300,8 +300,8 @@ class Demo:
     def walk(self) -> bool:
         """Run the three DAGs where there is something to do. True when a model is served in the end."""
         cut_off = [(dag, run) for dag in DAGS for run, state in self.airflow.runs(dag).items() if state not in DONE]
-        for dag, run in cut_off:  # what a killed demo left running would hold the DAG's one place
-            say(f"{dag}: giving up the run that was cut off ({run}).")
+        for dag, run in cut_off:  # of the calendar, or of a killed demo: it would hold the DAG's one place
+            say(f"{dag}: dropping the run that was there before this demo's own ({run}).")
             self.airflow.give_up(dag, run)
         if not cut_off and not self._pending() and self._served():
             say("Nothing is pending and the champion is served: nothing to run.")

@@ -274,20 +274,23 @@ def large(bench: Bench) -> None:
 
 
 def latency(bench: Bench) -> None:
-    """p50 and p99 at 80 % of what the closed loop reached in the same round."""
-    server = bench.ours("latency", "served")
-    server.start(bench.picture)
+    """p50 and p99 of each server at 80 % of what its closed loop reached in the same round."""
+    servers = bench.started([bench.ours("fp32", "float32"), bench.ours("served", "served"), *bench.peers()])
 
-    def measure() -> dict[str, Any]:
+    def measure(server: Server) -> dict[str, Any]:
         peak = server.load(bench.photos, bench.given.seconds)["rate"]
         return server.load(bench.photos, bench.given.seconds, "--rate", str(0.8 * peak), "--connections", "64")
 
     try:
-        found = bench.turns({"at 80 %": measure})["at 80 %"]
+        found = bench.turns({server.name: lambda s=server: measure(s) for server in servers})  # type: ignore[misc]
     finally:
-        server.stop()
-    print(f"p50 {median(found, 'p50_ms'):.1f} ms, p99 {median(found, 'p99_ms'):.1f} ms")
-    print(f"p99 / p50: {statistics.median(each['p99_ms'] / each['p50_ms'] for each in found):.2f}")
+        for server in servers:
+            server.stop()
+    for name, each in found.items():
+        over = statistics.median(one["p99_ms"] / one["p50_ms"] for one in each)
+        print(
+            f"{name:10} p50 {median(each, 'p50_ms'):.1f} ms, p99 {median(each, 'p99_ms'):.1f} ms, p99 / p50 {over:.2f}"
+        )
 
 
 def overload(bench: Bench) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ import pytest
 
 import serving_bundle as sb
 from api_process import Api
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -65,3 +68,18 @@ def airflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
         timeout=180,
     )
     return home / "airflow.db"
+
+
+@pytest.fixture
+def airflow_env(airflow_database: Path, weights: str, tmp_path: Path) -> dict[str, str]:
+    """The environment of an Airflow home of the test's own that runs this project's DAGs."""
+    home = tmp_path / "airflow"
+    home.mkdir()
+    shutil.copy(airflow_database, home)
+    return os.environ | {
+        "AIRFLOW_HOME": str(home),
+        "AIRFLOW__CORE__DAGS_FOLDER": str(ROOT / "dags"),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "false",
+        "LAWNWATCH_WEIGHTS": weights,
+        "NO_COLOR": "1",
+    }

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,18 +65,8 @@ print("RESULTS " + json.dumps({
 
 
 @pytest.mark.parametrize("answer", ["", "Reject", "Approve"])
-def test_a_person_decides_when_asked_and_silence_is_a_no(road, airflow_database, tmp_path, answer):
-    airflow = tmp_path / "airflow"
-    airflow.mkdir()
-    shutil.copy(airflow_database, airflow)
-    env = os.environ | {
-        "AIRFLOW_HOME": str(airflow),
-        "AIRFLOW__CORE__DAGS_FOLDER": str(ROOT / "dags"),
-        "AIRFLOW__CORE__LOAD_EXAMPLES": "false",
-        "LAWNWATCH_HOME": str(road.settings.home),
-        "LAWNWATCH_WEIGHTS": road.settings.weights,
-        "NO_COLOR": "1",
-    }
+def test_a_person_decides_when_asked_and_silence_is_a_no(road, airflow_env, answer):
+    env = airflow_env | {"LAWNWATCH_HOME": str(road.settings.home)}
     done = subprocess.run(
         [sys.executable, "-c", APPROVAL, str(ROOT / "dags"), answer],
         env=env, capture_output=True, text=True, timeout=600,

@@ -6,8 +6,6 @@ Once on the embedded defaults and once on real MariaDB, MinIO and MLflow servers
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -95,19 +93,12 @@ class World:
 
 
 @pytest.fixture(params=["embedded", "servers"])
-def world(request, tmp_path, weights, photos, airflow_database):
+def world(request, tmp_path, weights, photos, airflow_env):
     if weights == "none":  # a network that knows nothing needs pictures that colour alone tells apart
         photos = samples.draw(tmp_path / "photos", PER_LABEL)
     home, port = tmp_path / "home", free_port()
-    airflow = tmp_path / "airflow"
-    airflow.mkdir()
-    shutil.copy(airflow_database, airflow)
-    env = os.environ | {
-        "AIRFLOW_HOME": str(airflow),
-        "AIRFLOW__CORE__DAGS_FOLDER": str(ROOT / "dags"),
-        "AIRFLOW__CORE__LOAD_EXAMPLES": "false",
+    env = airflow_env | {
         "LAWNWATCH_HOME": str(home),
-        "LAWNWATCH_WEIGHTS": weights,
         "LAWNWATCH_API_URL": f"http://127.0.0.1:{port}",
         "LAWNWATCH_SERVING__PORT": str(port),
         "LAWNWATCH_FETCH__ALLOW_CIDRS": '["127.0.0.0/8"]',
@@ -115,7 +106,6 @@ def world(request, tmp_path, weights, photos, airflow_database):
         "LAWNWATCH_TRAIN__BUDGET_SECONDS": "20",
         "LAWNWATCH_TRAIN__FINE_TUNE_EPOCHS": "0",  # fine-tuning has tests of its own
         "TF_CPP_MIN_LOG_LEVEL": "2",
-        "NO_COLOR": "1",
     }
     if request.param == "servers":
         minio = request.getfixturevalue("minio")
