@@ -68,16 +68,26 @@ bench: .venv-dev ## every benchmark in benchmarks/, one after the other
 docs: .venv-dev ## write docs/settings.md and docs/cli.md from the code
 	@$(PY) infra/reference_docs.py
 
-# One resolution for all: the smaller sets take their versions from the largest.
+# One resolution for all: every set takes its versions from the whole.
 COMPILE = uv pip compile --quiet --generate-hashes --no-emit-index-url --no-annotate --python-version 3.11 \
-	--custom-compile-command "make requirements" pyproject.toml
+	--custom-compile-command "make requirements"
 .PHONY: requirements
 requirements: ## pin all packages anew (needs uv)
-	@$(COMPILE) --upgrade --extra pipeline --extra serving --extra webapp --group dev -o requirements/dev.txt
-	$(COMPILE) -c requirements/dev.txt --extra pipeline --extra serving --extra webapp -o requirements/demo.txt
-	for set in pipeline serving webapp; do
-	  $(COMPILE) -c requirements/dev.txt --extra $$set -o requirements/$$set.txt
+	@whole=$$(mktemp); trap 'rm -f "$$whole"' EXIT
+	$(COMPILE) --upgrade --all-extras --group dev pyproject.toml -o "$$whole"
+	$(COMPILE) -c "$$whole" --extra pipeline --extra serving --extra webapp --group dev pyproject.toml -o requirements/dev.txt
+	$(COMPILE) -c "$$whole" --extra pipeline --extra serving --extra webapp pyproject.toml -o requirements/demo.txt
+	for set in pipeline serving webapp cluster tracking; do
+	  $(COMPILE) -c "$$whole" --extra $$set pyproject.toml -o requirements/$$set.txt
 	done
+	echo "hatchling>=1.27" | $(COMPILE) --upgrade - -o requirements/build.txt
+
+# -- ship it -------------------------------------------------------------------------------------------------
+
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+.PHONY: images
+images: ## build the five container images, each with its SBOM in dist/; IMAGES="api webapp" builds some, PIP_CONF=FILE names an index
+	@docker/build $(VERSION) $(IMAGES)
 
 .PHONY: .venv-demo .venv-dev
 .venv-demo:

@@ -568,7 +568,12 @@ def release_command(
 @rollout_app.command("start", epilog="Example: lawnwatch rollout start --version 3")
 def rollout_start(
     version: Annotated[str, typer.Option(help="Version number or alias.")] = "champion",
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds until the API must serve it.")] = 60.0,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            min=1, help="Seconds until the API must serve it; 60, or on Kubernetes while the Deployment progresses."
+        ),
+    ] = None,
 ) -> None:
     """Point the service at a released version and wait until it serves it; else put the old one back."""
     from lawnwatch import release, rollout
@@ -613,7 +618,12 @@ def rollout_history() -> None:
 
 @rollout_app.command("undo", epilog="Example: lawnwatch rollout undo")
 def rollout_undo(
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds until the API must serve it.")] = 60.0,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            min=1, help="Seconds until the API must serve it; 60, or on Kubernetes while the Deployment progresses."
+        ),
+    ] = None,
 ) -> None:
     """Serve the version that was served before the last completed rollout."""
     from lawnwatch import rollout

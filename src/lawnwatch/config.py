@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import unquote, urlsplit
 
-from pydantic import AliasChoices, BaseModel, Field, SecretStr, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError as UnreadableSettings
 
@@ -157,6 +157,30 @@ class ServingSettings(BaseModel):
         "all", description="Which uploaded pictures are kept with their prediction."
     )
     record_queue: int = Field(1000, ge=1, description="Predictions that may wait to be recorded; more are dropped.")
+    model_version: Annotated[int | None, BeforeValidator(lambda given: None if given == "" else given)] = Field(
+        None, ge=1, description="On Kubernetes: version of the model to serve; the pod template says it."
+    )
+    model_sha256: str = Field("", description="On Kubernetes: bundle to serve, 64 hexadecimal digits; as above.")
+
+
+class RolloutSettings(BaseModel):
+    """Where a model is put into service."""
+
+    target: Literal["local", "kubernetes"] = Field(
+        "local",
+        description="`local`: a pointer in the store that the API follows; `kubernetes`: the pod template of the API's "
+        "Deployment.",
+    )
+    deployment: str = Field("lawnwatch-api", description="Name of the API's Deployment.")
+    namespace: str = Field("", description="Its namespace; empty: the one this pod runs in.")
+    service_account: str = Field("", description="Service account of the rollout's pods; empty: that of all steps.")
+
+
+class StepResources(BaseModel):
+    """What the pod of a step asks for."""
+
+    cpu: str = Field(description="CPU request, such as `500m`; there is no limit.")
+    memory: str = Field(description="Memory request and limit, such as `2Gi`.")
 
 
 class Settings(BaseSettings):
@@ -202,6 +226,11 @@ class Settings(BaseSettings):
         None,
         description="Folder for a step's metrics, for Prometheus' textfile collector; unset: nowhere.",
     )
+    step_resources: dict[str, StepResources] = Field(
+        {},
+        description="On Kubernetes: what a step's pod asks for, by the step's first word, such as "
+        '`{"train": {"cpu": "1", "memory": "3Gi"}}`; the others ask for what `pipeline.py` says.',
+    )
     run_id: str = Field("", description="Bound to every log line; Airflow's tasks set it to the DAG run's id.")
     fetch: FetchSettings = FetchSettings()
     images: ImageSettings = ImageSettings()
@@ -210,6 +239,7 @@ class Settings(BaseSettings):
     train: TrainSettings = TrainSettings()
     gate: GateSettings = GateSettings()
     serving: ServingSettings = ServingSettings()
+    rollout: RolloutSettings = RolloutSettings()
 
     @model_validator(mode="after")
     def _settle(self) -> Settings:

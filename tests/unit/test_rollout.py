@@ -258,7 +258,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, world: World, method: str) -> None:
     world.abandon()
 
 
-@pytest.mark.parametrize("method", ["_watch", "_finish", "_restore"])
+@pytest.mark.parametrize("method", ["_fault", "_finish", "_restore"])
 def test_a_rollout_whose_driver_was_killed_is_resumed(
     world: World, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -276,7 +276,7 @@ def test_a_rollout_whose_driver_was_killed_is_superseded_and_never_gone_back_to(
 ) -> None:
     world.rollout().start(world.v1, timeout=5)
     world.follower.ignores.add(world.v2.stable.sha256)
-    kill_at(monkeypatch, world, "_watch")
+    kill_at(monkeypatch, world, "_fault")
     assert read_target(world.store) == world.v2
     world.follower.ignores.add(world.v3.stable.sha256)
     with pytest.raises(RolloutFailed, match="v1 goes on serving"):
