@@ -10,10 +10,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from lawnwatch import bundle
 from lawnwatch.catalog import Catalog
 from lawnwatch.config import Settings
 from lawnwatch.errors import NotFound, RolloutFailed
-from lawnwatch.rollout.api import ask_api
+from lawnwatch.rollout.api import ask_api, golden_fault
 from lawnwatch.rollout.driver import RolloutTarget
 from lawnwatch.rollout.local import POLL_SECONDS, LocalRollout
 from lawnwatch.rollout.record import RolloutRecord, RolloutRow, RolloutStatus
@@ -61,7 +62,8 @@ def verify(settings: Settings, store: ObjectStore, *, timeout: float = 30.0) -> 
 
     Raises:
         NotFound: nothing was rolled out yet.
-        RolloutFailed: the API is not alive, not ready, or does not serve the target.
+        RolloutFailed: the API is not alive, not ready, does not serve the target, or answers its golden pictures
+            otherwise.
     """
     wanted = _written(settings, store)
     if wanted is None:
@@ -73,6 +75,9 @@ def verify(settings: Settings, store: ObjectStore, *, timeout: float = 30.0) -> 
             answer.reason for path in ("/health", "/ready") if (answer := ask_api(settings.api_url, path)).info is None
         ]
         if not faults and serving.proves(stable.sha256):
+            left = max(0.0, deadline - time.monotonic())
+            if fault := golden_fault(settings.api_url, bundle.read(store, stable.sha256), timeout=left):
+                raise RolloutFailed(f"The target is v{stable.model_version}, but {fault}.")
             error = float((serving.info or {})["golden"]["max_error"])
             return Verification(
                 stable.model_version,
