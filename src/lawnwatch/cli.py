@@ -644,6 +644,15 @@ def serve_command(
     run(settings.model_copy(update={"serving": settings.serving.model_copy(update=given)}))
 
 
+@app.command("exporter", epilog="Example: lawnwatch exporter")
+def exporter_command() -> None:
+    """Export facts of the pipelines as Prometheus metrics until a signal ends it."""
+    from lawnwatch import exporter
+
+    catalog = opened_catalog()
+    exporter.serve(catalog.settings, catalog)
+
+
 # --- the program --------------------------------------------------------------------------------------------
 
 

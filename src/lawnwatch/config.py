@@ -176,6 +176,15 @@ class RolloutSettings(BaseModel):
     service_account: str = Field("", description="Service account of the rollout's pods; empty: that of all steps.")
 
 
+class ExporterSettings(BaseModel):
+    """The exporter of pipeline facts."""
+
+    host: str = Field("127.0.0.1", description="Address the exporter listens on.")
+    port: int = Field(9105, description="Port the exporter listens on.")
+    airflow_url: str = Field("", description="Airflow's API server, such as `http://airflow:8080`; empty: not asked.")
+    airflow_password: SecretStr = Field(SecretStr(""), description="Password of Airflow's user `admin`.")
+
+
 class StepResources(BaseModel):
     """What the pod of a step asks for."""
 
@@ -240,6 +249,7 @@ class Settings(BaseSettings):
     gate: GateSettings = GateSettings()
     serving: ServingSettings = ServingSettings()
     rollout: RolloutSettings = RolloutSettings()
+    exporter: ExporterSettings = ExporterSettings()
 
     @model_validator(mode="after")
     def _settle(self) -> Settings:
