@@ -80,13 +80,13 @@ requirements: ## pin all packages anew (needs uv)
 	for set in pipeline serving webapp cluster tracking; do
 	  $(COMPILE) -c "$$whole" --extra $$set pyproject.toml -o requirements/$$set.txt
 	done
-	echo "hatchling>=1.27" | $(COMPILE) --upgrade - -o requirements/build.txt
+	printf 'hatchling>=1.27\nuv>=0.8\n' | $(COMPILE) --upgrade - -o requirements/build.txt
 
 # -- ship it -------------------------------------------------------------------------------------------------
 
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 .PHONY: images
-images: ## build the five container images, each with its SBOM in dist/; IMAGES="api webapp" builds some, PIP_CONF=FILE names an index
+images: ## build the five container images, each with its SBOM in dist/; IMAGES="api webapp" builds some, PIP_INDEX_URL names an index
 	@docker/build $(VERSION) $(IMAGES)
 
 .PHONY: .venv-demo .venv-dev

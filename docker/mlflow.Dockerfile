@@ -1,12 +1,14 @@
 # The MLflow server: runs and model versions in MySQL, artifacts handed on to the object store.
 FROM python:3.11-slim-bookworm AS build
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1 PYTHONHASHSEED=0
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 UV_NO_CACHE=1 UV_LINK_MODE=copy PYTHONDONTWRITEBYTECODE=1 PYTHONHASHSEED=0
 WORKDIR /build
-COPY requirements/tracking.txt requirements/
-RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    python -m venv /opt/venv \
- && /opt/venv/bin/pip install --no-compile --require-hashes -r requirements/tracking.txt \
- && /opt/venv/bin/pip uninstall -y -q pip \
+COPY requirements/tracking.txt requirements/build.txt requirements/
+# An index of your own comes in as a secret and stays out of every layer.
+RUN --mount=type=secret,id=index \
+    url=$(cat /run/secrets/index 2>/dev/null || true) && if [ -n "$url" ]; then export PIP_INDEX_URL="$url" UV_DEFAULT_INDEX="$url"; fi \
+ && python -m venv /opt/build && /opt/build/bin/pip install --require-hashes -r requirements/build.txt \
+ && python -m venv --without-pip /opt/venv \
+ && /opt/build/bin/uv pip install --python /opt/venv/bin/python --require-hashes -r requirements/tracking.txt \
  && python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
 
 FROM python:3.11-slim-bookworm

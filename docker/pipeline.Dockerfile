@@ -4,20 +4,21 @@ FROM python:3.11-slim-bookworm AS build
 RUN apt-get update \
  && apt-get install -y --no-install-recommends gcc libc6-dev pkg-config libmariadb-dev python3-dev \
  && rm -rf /var/lib/apt/lists/*
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1 PYTHONHASHSEED=0
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 UV_NO_CACHE=1 UV_LINK_MODE=copy PYTHONDONTWRITEBYTECODE=1 PYTHONHASHSEED=0
 WORKDIR /build
 COPY requirements/cluster.txt requirements/build.txt requirements/
-RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    python -m venv /opt/venv \
- && /opt/venv/bin/pip install --no-compile --require-hashes -r requirements/cluster.txt \
+# An index of your own comes in as a secret and stays out of every layer.
+RUN --mount=type=secret,id=index \
+    url=$(cat /run/secrets/index 2>/dev/null || true) && if [ -n "$url" ]; then export PIP_INDEX_URL="$url" UV_DEFAULT_INDEX="$url"; fi \
  && python -m venv /opt/build && /opt/build/bin/pip install --require-hashes -r requirements/build.txt \
+ && python -m venv --without-pip /opt/venv \
+ && /opt/build/bin/uv pip install --python /opt/venv/bin/python --require-hashes -r requirements/cluster.txt \
  && python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
 ARG SOURCE_DATE_EPOCH
 RUN /opt/build/bin/python -m hatchling build -t wheel -d dist \
- && /opt/venv/bin/pip install --no-compile --no-deps --target /opt/lawnwatch/lib dist/*.whl \
- && /opt/venv/bin/pip uninstall -y -q pip \
+ && /opt/build/bin/uv pip install --python /opt/venv/bin/python --no-deps --target /opt/lawnwatch/lib dist/*.whl \
  && python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/lawnwatch/lib
 
 FROM python:3.11-slim-bookworm
