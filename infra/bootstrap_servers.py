@@ -2,8 +2,9 @@
 
     python bootstrap_servers.py databases    # three databases, each with a user of its own
     python bootstrap_servers.py buckets      # three buckets, each with a key of its own (MinIO)
+    python bootstrap_servers.py wait         # until Airflow's database has been made and migrated once
 
-Both read their addresses and passwords from the environment, and set the passwords anew when they have changed.
+They read their addresses and passwords from the environment, and set the passwords anew when they have changed.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-WAIT_SECONDS = 300
+WAIT_SECONDS = 600
 DATABASES = {"lawnwatch": "LAWNWATCH", "airflow": "AIRFLOW", "mlflow": "MLFLOW"}
 BUCKETS = {"lawnwatch": "LAWNWATCH", "airflow-logs": "AIRFLOW", "mlflow": "MLFLOW"}
 
 
 def main() -> None:
-    jobs: dict[str, Callable[[], None]] = {"databases": databases, "buckets": buckets}
+    jobs: dict[str, Callable[[], None]] = {"databases": databases, "buckets": buckets, "wait": wait}
     if len(sys.argv) < 2 or not set(sys.argv[1:]) <= jobs.keys():
         sys.exit(__doc__)
     for name in sys.argv[1:]:
@@ -76,6 +77,20 @@ def buckets() -> None:
         admin.user_add(bucket, _secret(f"{prefix}_STORE_SECRET_KEY"))
         admin.policy_set(bucket, user=bucket)
         print(f"bucket {bucket} is there, with its key")
+
+
+def wait() -> None:
+    """AIRFLOW__DATABASE__SQL_ALCHEMY_CONN. Starting Airflow only to be told "not yet" costs ten seconds of CPU."""
+    import sqlalchemy as sa
+
+    engine = sa.create_engine(os.environ["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"], poolclass=sa.pool.NullPool)
+    migrated = sa.text("SELECT version_num FROM alembic_version")
+
+    def ask() -> object:
+        with engine.connect() as connection:
+            return connection.execute(migrated).one()
+
+    _wait("Airflow's database", ask, sa.exc.SQLAlchemyError)
 
 
 def _wait(what: str, ask: Callable[[], object], refusals: type[Exception] | tuple[type[Exception], ...]) -> object:

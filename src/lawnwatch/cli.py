@@ -649,8 +649,8 @@ def exporter_command() -> None:
     """Export facts of the pipelines as Prometheus metrics until a signal ends it."""
     from lawnwatch import exporter
 
-    catalog = opened_catalog()
-    exporter.serve(catalog.settings, catalog)
+    settings = get_settings()
+    exporter.serve(settings, Catalog(settings))  # not migrated here: it watches, and must start before the database
 
 
 # --- the program --------------------------------------------------------------------------------------------

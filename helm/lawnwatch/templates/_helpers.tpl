@@ -29,7 +29,7 @@ imagePullPolicy: {{ $root.Values.image.pullPolicy }}
 {{- define "lawnwatch.pod" -}}
 {{- $root := index . 0 -}}
 serviceAccountName: {{ printf "%s-%s" (include "lawnwatch.name" $root) (index . 2) }}
-automountServiceAccountToken: {{ has (index . 2) (list "airflow" "rollout" "prometheus") }}
+automountServiceAccountToken: {{ has (index . 2) (list "airflow" "rollout") }}
 {{- with $root.Values.image.pullSecrets }}
 imagePullSecrets: {{- range . }}
   - name: {{ . }}
