@@ -129,6 +129,9 @@ securityContext:
 - {name: AIRFLOW__KUBERNETES_EXECUTOR__DELETE_WORKER_PODS_ON_FAILURE, value: "true"}
 - {name: AIRFLOW__KUBERNETES_EXECUTOR__WORKER_PODS_CREATION_BATCH_SIZE, value: "4"}
 - {name: AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT, value: "120"}
+{{- range $key, $value := .Values.airflow.env }}
+- {name: {{ $key }}, value: {{ $value | quote }}}
+{{- end }}
 {{- end }}
 
 {{- define "lawnwatch.writableMounts" -}}
