@@ -45,6 +45,19 @@ test-browser: .venv-dev ## the tests in a real Chromium
 	@infra/test-servers
 	$(PYTEST) -m e2e $(ARGS)
 
+.PHONY: load
+load: .venv-dev ## a minute of realistic load on a running API; URL=… USERS=… SECONDS=…; writes var/load.html
+	@mkdir -p var
+	.venv/bin/locust -f tests/load/locustfile.py --headless --only-summary --html var/load.html \
+	  --host "$(or $(URL),http://127.0.0.1:8000)" --users $(or $(USERS),16) --spawn-rate 16 --run-time $(or $(SECONDS),60)s
+
+.PHONY: fuzz
+fuzz: .venv-dev ## coverage-guided fuzzing of the picture decoder and the request parsers; SECONDS=…
+	@export PYTHONPATH=tests
+	$(PY) tests/fuzz/fuzz.py pictures $(or $(SECONDS),60)
+	$(PY) tests/fuzz/fuzz.py tensors $(or $(SECONDS),60)
+	$(PY) tests/fuzz/fuzz.py forms $(or $(SECONDS),60)
+
 .PHONY: lint
 lint: .venv-dev ## ruff (rules and format) and the import rules
 	@$(PY) -m ruff check .

@@ -13,6 +13,8 @@
 5. **snapshot** freezes what is stored now, with the split of every picture. It is skipped when a snapshot
    already holds exactly that; a new one starts `training_pipeline`.
 
+Beside it, **prune** deletes predictions older than `LAWNWATCH_SERVING__RETENTION_DAYS`, with their pictures.
+
 Running it again changes nothing: nothing is fetched or stored twice. The fetches share the pool
 `lawnwatch_fetch` (`airflow pools import infra/pools.json` makes it).
 """
@@ -77,6 +79,7 @@ def data_pipeline():
     )
     snapshot = step("snapshot", "snapshot", "create", outlets=(SNAPSHOT,))
     [fetched, rechecked] >> quality >> snapshot
+    step("prune", "predictions", "prune")
 
 
 data_pipeline()

@@ -23,6 +23,7 @@ from lawnwatch import config
 from lawnwatch.catalog import Catalog
 from lawnwatch.store import LocalStore, open_store
 from processes import Server, answers, free_port, program, served
+from road import Road, build, quiet
 
 # ── settings and data ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -91,6 +92,39 @@ def photo_web(photos: Path) -> Iterator[str]:
 
     with served(photos) as url:
         yield url
+
+
+# ── a trained run ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, photos: Path, photo_web: str, weights: str) -> Road:
+    """Photographs, a snapshot and a trained run; read it only."""
+    return build(tmp_path_factory.mktemp("trained") / "home", photos, photo_web, weights)
+
+
+@pytest.fixture
+def road(trained: Road, tmp_path: Path) -> Road:
+    """The same in a home of the test's own: no champion, no versions yet."""
+    return trained.copy(tmp_path / "road")
+
+
+@pytest.fixture(scope="session")
+def _released(trained: Road, tmp_path_factory: pytest.TempPathFactory) -> Road:
+    from lawnwatch import evaluate, registry, release
+
+    road = trained.copy(tmp_path_factory.mktemp("released") / "home")
+    verdict = evaluate.run(road.settings, road.catalog, road.store, road.result.run_id, progress=quiet)
+    assert verdict.decision == "promote", verdict.reason
+    registry.promote(road.settings, road.catalog, road.result.run_id)
+    release.publish(road.settings, road.catalog, road.store, progress=quiet)
+    return road
+
+
+@pytest.fixture
+def champion(_released: Road, tmp_path: Path) -> Road:
+    """As `road`, and the run is champion, version 1, and released."""
+    return _released.copy(tmp_path / "champion")
 
 
 # ── MariaDB ─────────────────────────────────────────────────────────────────────────────────────────────────

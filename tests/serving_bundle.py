@@ -126,7 +126,7 @@ def _make(folder: Path) -> None:
     import numpy as np
     import tensorflow as tf
 
-    def convert(name: str, weights: Any, *, dtype: Any = tf.uint8, rename: bool = False) -> None:
+    def convert(name: str, weights: Any, *, dtype: Any = tf.uint8, rename: bool = False, cam: bool = False) -> None:
         mix = tf.constant(np.random.default_rng(1).normal(size=(3, 13)).astype("float32"))
         head = tf.constant(np.asarray(weights, dtype="float32"))
 
@@ -135,7 +135,10 @@ def _make(folder: Path) -> None:
             mean = tf.reduce_mean(tf.cast(image, tf.float32) / 255.0, axis=[1, 2])
             embedding = tf.concat([mean, tf.matmul(mean, mix)], axis=1)
             logits = tf.matmul(mean, head)
-            return {"scores" if rename else "logits": logits, "embedding": embedding}
+            said = {"scores" if rename else "logits": logits, "embedding": embedding}
+            if cam:
+                said["cam"] = tf.nn.avg_pool2d(tf.cast(image, tf.float32) / 255.0, 32, 32, "VALID") @ head
+            return said
 
         module = tf.Module()
         module.serve = serve
@@ -153,6 +156,7 @@ def _make(folder: Path) -> None:
     convert("constant", [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
     convert("floats", good, dtype=tf.float32)
     convert("renamed", good, rename=True)
+    convert("cam", good, cam=True)
 
 
 if __name__ == "__main__":

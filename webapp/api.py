@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, ValidationError
 
 
 class ApiError(Exception):
@@ -65,6 +65,13 @@ class ImageFacts(_Answer):
     bytes: int = 0
 
 
+class Explanation(_Answer):
+    """What in the picture speaks for a class: the picture with it marked, a PNG in base64."""
+
+    of: str = Field(alias="class")
+    png_base64: Base64Bytes
+
+
 class Prediction(_Answer):
     """The answer of `POST /predict`; `label` is `unknown` for a picture unlike all the model has seen."""
 
@@ -76,6 +83,7 @@ class Prediction(_Answer):
     model: ModelName
     image: ImageFacts = ImageFacts()
     timings_ms: dict[str, float] = {}
+    explanation: Explanation | None = None
 
 
 class Interval(_Answer):
@@ -186,15 +194,21 @@ class Api:
 
     Args:
         url: base address, such as `http://127.0.0.1:8000`.
+        key: API key, empty where none is required.
         predict_timeout: seconds to wait for the answer to a picture.
         read_timeout: seconds to wait for anything else.
     """
 
-    def __init__(self, url: str, *, predict_timeout: float = 35.0, read_timeout: float = 8.0) -> None:
+    def __init__(self, url: str, *, key: str = "", predict_timeout: float = 35.0, read_timeout: float = 8.0) -> None:
         self.url = url.rstrip("/")
         self._predict_timeout = httpx.Timeout(predict_timeout, connect=3.0)
         # The address is an operator's; a proxy from the environment would only send pictures somewhere else.
-        self._http = httpx.Client(base_url=self.url, timeout=httpx.Timeout(read_timeout, connect=3.0), trust_env=False)
+        self._http = httpx.Client(
+            base_url=self.url,
+            headers={"X-API-Key": key} if key else {},
+            timeout=httpx.Timeout(read_timeout, connect=3.0),
+            trust_env=False,
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -208,11 +222,12 @@ class Api:
         """Give the connections back."""
         self._http.close()
 
-    def predict(self, picture: bytes, content_type: str) -> Prediction:
-        """Ask what is in a picture. The name of the user's file stays with the user."""
+    def predict(self, picture: bytes, content_type: str, *, explain: bool = False) -> Prediction:
+        """Ask what is in a picture, and why when `explain`. The name of the user's file stays with the user."""
         response = self._send(
             "POST",
             "/predict",
+            params={"explain": "true"} if explain else {},
             files={"file": ("picture", picture, content_type or "application/octet-stream")},
             timeout=self._predict_timeout,
         )

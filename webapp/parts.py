@@ -32,6 +32,7 @@ def api() -> Api:
     settings = WebSettings()
     return Api(
         settings.api_url,
+        key=settings.api_key.get_secret_value(),
         predict_timeout=settings.webapp_timeout,
         read_timeout=settings.webapp_read_timeout,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -12,6 +12,7 @@ class WebSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="LAWNWATCH_", extra="ignore")
 
     api_url: str = Field("http://127.0.0.1:8000", description="Where the web app finds the API.")
+    api_key: SecretStr = Field(SecretStr(""), description="API key with the scope `admin`, where the API requires one.")
     webapp_timeout: float = Field(
         35.0, gt=0, description="Seconds the web app waits for an answer to an uploaded picture."
     )

@@ -47,6 +47,7 @@ from lawnwatch.store import ObjectStore
 MODEL = "model.tflite"
 MANIFEST = "manifest.json"
 EVALUATION = "evaluation.json"
+HOST_SLICES = "source host"  # the division of an evaluation's slices that no bundle carries
 SKETCH = "sketch.npz"
 UNKNOWN = "unknown.npz"
 MODEL_CARD = "model_card.md"

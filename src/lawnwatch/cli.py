@@ -47,11 +47,15 @@ data_app = typer.Typer(help="Look after what is stored: quality report and reche
 snapshot_app = typer.Typer(help="Immutable lists of images with their splits.", no_args_is_help=True)
 model_app = typer.Typer(help="Model versions, and which of them is champion.", no_args_is_help=True)
 rollout_app = typer.Typer(help="Which released model version is served.", no_args_is_help=True)
+predictions_app = typer.Typer(help="What the API answered, as it is recorded.", no_args_is_help=True)
+key_app = typer.Typer(help="API keys: who may ask the API.", no_args_is_help=True)
 app.add_typer(catalog_app, name="catalog")
 app.add_typer(data_app, name="data")
 app.add_typer(snapshot_app, name="snapshot")
 app.add_typer(model_app, name="model")
 app.add_typer(rollout_app, name="rollout")
+app.add_typer(predictions_app, name="predictions")
+app.add_typer(key_app, name="key")
 
 
 # --- what every step shares ---------------------------------------------------------------------------------
@@ -60,6 +64,16 @@ app.add_typer(rollout_app, name="rollout")
 def progress(line: str) -> None:
     """One line for people, on stderr."""
     typer.echo(line, err=True)
+
+
+def table(head: list[str], rows: list[list[str]]) -> None:
+    """A table for people, on stderr: figures to the right, words to the left."""
+    columns = list(zip(head, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    figures = [all(cell[:1].isdigit() for cell in column[1:]) for column in columns]
+    for row in (head, *rows):
+        cells = zip(row, widths, figures, strict=True)
+        progress("  ".join(cell.rjust(w) if figure else cell.ljust(w) for cell, w, figure in cells).rstrip())
 
 
 def emit(result: Any, *, exit_code: int = 0) -> NoReturn:
@@ -202,12 +216,8 @@ def catalog_status() -> None:
     status = opened_catalog().status()
     states = list(status.by_state)
     if states:
-        rows = [["label", *states], *([label, *(f"{n:,}" for n in (counts.get(state, 0) for state in states))]
-                for label, counts in status.by_label_and_state.items())]  # fmt: skip
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        for first, *cells in rows:
-            line = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-            progress(f"{first.ljust(widths[0])}  {line}")
+        counted = status.by_label_and_state.items()
+        table(["label", *states], [[label, *(f"{n.get(state, 0):,}" for state in states)] for label, n in counted])
     emit(status)
 
 
@@ -422,20 +432,35 @@ def train_command(
     ] = "",
     candidates: Annotated[str, typer.Option(help="Names of the candidates, separated by commas; all if empty.")] = "",
     budget: Annotated[float | None, typer.Option(min=1, help="Seconds for training all candidates.")] = None,
-    check: Annotated[bool, typer.Option("--check", help="Only say whether there is anything to train on.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or gpu; as set for all runs when left out.")] = "",
+    candidate: Annotated[
+        str,
+        typer.Option(
+            help="Train this one only and leave it for the run, which follows with the same snapshot and options."
+        ),
+    ] = "",
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Train nothing; print whether there is anything to train, and in which steps."),
+    ] = False,
 ) -> None:
-    """Train the candidates on a snapshot and pick the best on the validation split."""
+    """Train the candidates on a snapshot and pick the best on the validation split.
+
+    One command does it all. Where several machines share the work, `--check` prints the commands that may run side
+    by side, one for each candidate, and the same command without `--check` gathers what they left.
+    """
     from lawnwatch import train
 
     settings, catalog, store = opened()
-    wanted = [name.strip() for name in candidates.split(",") if name.strip()]
-    given = {
-        "candidates": wanted or settings.train.candidates,
-        "budget_seconds": budget or settings.train.budget_seconds,
-    }
-    settings = settings.model_copy(update={"train": settings.train.model_copy(update=given)})
+    options = {"candidates": candidates, "budget": budget, "device": device}
+    settings = with_train_options(settings, candidates=candidates, budget=budget, device=device)
     if check:
-        emit(train.check(settings, catalog, store, snapshot_id=snapshot or None, force=force, reason=reason))
+        found = train.check(settings, catalog, store, snapshot_id=snapshot or None, force=force, reason=reason)
+        shared = [f"--{name}={value}" for name, value in options.items() if value not in ("", None)]
+        argv = ["train", f"--snapshot={found.snapshot}", *shared]
+        emit(as_json(found) | {"commands": [[*argv, f"--candidate={name}"] for name in found.candidates]})
+    if candidate:
+        emit(train.run_candidate(settings, catalog, store, candidate, snapshot_id=snapshot or None, progress=progress))
     emit(
         train.run(
             settings,
@@ -449,6 +474,21 @@ def train_command(
     )
 
 
+def with_train_options(settings: Settings, *, candidates: str, budget: float | None, device: str) -> Settings:
+    """The settings, with those of the training that were given as options."""
+    given: dict[str, Any] = {"budget_seconds": budget}
+    given |= {"candidates": [name.strip() for name in candidates.split(",") if name.strip()] or None}
+    given |= {"device": device or None}
+    changed = settings.train.model_dump() | {name: value for name, value in given.items() if value is not None}
+    try:
+        return settings.model_copy(update={"train": type(settings.train).model_validate(changed)})
+    except ValueError as error:
+        raise InputError(
+            f"the options of the training are not usable: {str(error).splitlines()[2].strip()}",
+            hint="`lawnwatch train --help` says what each takes.",
+        ) from error
+
+
 @app.command("evaluate", epilog="Example: lawnwatch evaluate --run 3f2a…")
 def evaluate_command(
     run: Annotated[str, typer.Option(help="Id of the training run, as `lawnwatch train` printed it.")],
@@ -459,13 +499,34 @@ def evaluate_command(
     emit(evaluate.run(*opened(), run, progress=progress))
 
 
+def share(one: dict[str, float]) -> str:
+    """A share with its interval: `95.0% (87.8 to 98.0)`."""
+    if not one:
+        return "not measured"
+    return f"{one['value']:.1%} ({100 * one['low']:.1f} to {100 * one['high']:.1f})"
+
+
+def interval(one: dict[str, float]) -> str:
+    """A figure with its interval: `0.950 (0.878 to 0.980)`."""
+    return f"{one['value']:.3f} ({one['low']:.3f} to {one['high']:.3f})"
+
+
 @model_app.command("list", epilog="Example: lawnwatch model list")
 def model_list() -> None:
     """All model versions, newest first, with alias and verdict."""
     from lawnwatch import registry
 
     settings, catalog, _ = opened()
-    emit({"versions": registry.list_versions(settings, catalog)})
+    found = registry.list_versions(settings, catalog)
+    if found:
+        rows = [
+            [f"v{one.version}", ", ".join(one.aliases) or "-", one.candidate, share(one.metrics["accuracy"]),
+             one.snapshot[:12], f"{one.created_at:%Y-%m-%d %H:%M}", "yes" if one.bundle_sha256 else "no"]
+            for one in found
+        ]  # fmt: skip
+        table(["version", "alias", "candidate", "test accuracy", "snapshot", "made", "released"], rows)
+    none = "There is no model version yet: `lawnwatch train`, `evaluate` and `model promote` make one."
+    emit({"versions": found, "message": f"{len(found)} version(s)." if found else none})
 
 
 @model_app.command("show", epilog="Example: lawnwatch model show champion")
@@ -474,7 +535,16 @@ def model_show(version: Annotated[str, typer.Argument(help="Version number or al
     from lawnwatch import registry
 
     settings, catalog, _ = opened()
-    emit(registry.show(settings, catalog, version))
+    found = registry.show(settings, catalog, version)
+    for name, value in {
+        "verdict": f"{found.decision}: {found.reason}",
+        "run": found.run_id,
+        "snapshot": found.snapshot,
+        "bundle": found.bundle_sha256 or "not released yet",
+        "made": f"{found.created_at:%Y-%m-%d %H:%M} UTC",
+    }.items():
+        progress(f"{name:<9} {value}")
+    emit(found)
 
 
 @model_app.command("compare", epilog="Example: lawnwatch model compare previous champion")
@@ -485,7 +555,14 @@ def model_compare(
     """Two versions side by side: figures, training data, and the paired gain on common test images."""
     from lawnwatch import versions
 
-    emit(versions.compare(*opened(), one, other))
+    found = versions.compare(*opened(), one, other)
+    names = [f"v{each['version']}" for each in found["versions"]]
+    metrics = found["metrics"].items()
+    table(["figure", *names], [[figure, *(interval(each[name]) for name in names)] for figure, each in metrics])
+    data = found["data"]
+    if data is not None:
+        progress(f"Training data of {names[1]}: " + ", ".join(f"{n:,} {what}" for what, n in data.items()) + ".")
+    emit(found)
 
 
 @model_app.command("lineage", epilog="Example: lawnwatch model lineage champion")
@@ -500,8 +577,19 @@ def model_lineage(
     from lawnwatch import versions
 
     if image:
-        emit(versions.lineage_of_image(*opened(), image))
-    emit(versions.lineage(*opened(), version, limit=limit))
+        back = versions.lineage_of_image(*opened(), image)
+        for held in back["snapshots"]:
+            progress(f"snapshot {held['snapshot'][:12]}: {held['label']}, in {held['split']}")
+        for made in back["versions"]:
+            named = f" ({', '.join(made['aliases'])})" if made["aliases"] else ""
+            progress(f"v{made['version']}{named}: {made['use']}")
+        emit(back)
+    found = versions.lineage(*opened(), version, limit=limit)
+    for listed in found["images"]:
+        progress(f"{listed['split']:<10}  {listed['label']}  {listed['sha256'][:12]}  {listed['url']}")
+    if limit and found["image_total"] > limit:
+        progress(f"… and {found['image_total'] - limit:,} more; --limit lists them.")
+    emit(found)
 
 
 @model_app.command("register", epilog="Example: lawnwatch model register --run 3f2a…")
@@ -637,7 +725,7 @@ def serve_command(
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on.")] = None,
 ) -> None:
     """Answer POST /predict with the released model until a signal ends it."""
-    from lawnwatch.serving.app import run
+    from lawnwatch.serving.server import run
 
     settings = get_settings()
     given = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
@@ -651,6 +739,51 @@ def exporter_command() -> None:
 
     settings = get_settings()
     exporter.serve(settings, Catalog(settings))  # not migrated here: it watches, and must start before the database
+
+
+@predictions_app.command("prune", epilog="Example: lawnwatch predictions prune --days 30")
+def predictions_prune(
+    days: Annotated[
+        int | None, typer.Option(min=0, help="Days that are kept; 0: for ever. LAWNWATCH_SERVING__RETENTION_DAYS.")
+    ] = None,
+) -> None:
+    """Delete recorded predictions older than the retention, with their pictures. Running it again is safe."""
+    from lawnwatch import predictions
+
+    settings, catalog, store = opened()
+    kept = settings.serving.retention_days if days is None else days
+    emit(predictions.prune(catalog, store, days=kept, progress=progress))
+
+
+@key_app.command("create", epilog="Example: lawnwatch key create --name 'web app' --scope predict --scope admin")
+def key_create(
+    name: Annotated[str, typer.Option(help="Who or what holds the key.")],
+    scope: Annotated[
+        list[str] | None, typer.Option(help="predict (the default): ask for predictions; admin: see all, too.")
+    ] = None,
+) -> None:
+    """Make an API key. It is printed this once; only its hash is kept."""
+    from lawnwatch import keys
+
+    emit(keys.create(opened_catalog(), name, scope or [keys.PREDICT]))
+
+
+@key_app.command("list", epilog="Example: lawnwatch key list")
+def key_list() -> None:
+    """All API keys, without their secrets."""
+    from lawnwatch import keys
+
+    emit({"keys": keys.list_keys(opened_catalog())})
+
+
+@key_app.command("revoke", epilog="Example: lawnwatch key revoke 0f1e2d3c4b5a6978")
+def key_revoke(
+    key_id: Annotated[str, typer.Argument(help="Id of the key, as `key list` shows it.")],
+) -> None:
+    """Refuse a key from now on; running servers do within five seconds."""
+    from lawnwatch import keys
+
+    emit(keys.revoke(opened_catalog(), key_id))
 
 
 # --- the program --------------------------------------------------------------------------------------------

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import unquote, urlsplit
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    IPvAnyNetwork,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError as UnreadableSettings
 
@@ -111,6 +120,10 @@ class TrainSettings(BaseModel):
     candidates: list[str] = Field([], description="Names of the candidates to train (JSON list); empty: all.")
     fine_tune_epochs: int = Field(8, ge=0, description="Most epochs of fine-tuning; 0 leaves that candidate out.")
     batch_size: int = Field(32, ge=1, description="Images in a training batch.")
+    sweep_seconds: float = Field(
+        0.0, ge=0, description="Time to search for strength, views, learning rate and epochs, seconds; 0: no search."
+    )
+    device: Literal["auto", "cpu", "gpu"] = Field("auto", description="What trains; auto: a GPU when there is one.")
 
 
 class GateSettings(BaseModel):
@@ -137,6 +150,10 @@ class GateSettings(BaseModel):
         0.1, gt=0, lt=1, description="How much the accuracy on altered test images may be below the champion's."
     )
     max_latency_ratio: float = Field(1.5, gt=0, description="Limit: inference time in multiples of the champion's.")
+    variant_loss: float = Field(
+        0.005, ge=0, lt=1, description="Largest loss of accuracy of a served graph of reduced arithmetic, such as int8."
+    )
+    variant_speedup: float = Field(1.1, ge=1, description="How many times as fast as float32 such a graph must be.")
     cheaper: float = Field(
         0.8, gt=0, lt=1, description="A model of at most this share of the champion's time or size counts as cheaper."
     )
@@ -148,19 +165,47 @@ class ServingSettings(BaseModel):
     host: str = Field("127.0.0.1", description="Address the API listens on.")
     port: int = Field(8000, description="Port the API listens on.")
     threads: int = Field(2, ge=1, description="Inferences under way at once; each holds one thread.")
-    queue: int = Field(32, ge=0, description="Requests that may wait for a thread; more are refused with 503.")
+    queue: int = Field(256, ge=0, description="Requests that may wait for a thread; more are refused with 503.")
+    max_wait: float = Field(
+        2.0,
+        gt=0,
+        description="Seconds that a request may wait for a thread; `queue` shrinks to that at the measured speed.",
+    )
     max_upload_bytes: int = Field(20_000_000, ge=1, description="Largest request body, bytes.")
     request_timeout: float = Field(30.0, gt=0, description="Seconds for a request, its body's arrival included.")
     poll_seconds: float = Field(1.0, gt=0, description="How often the release target is looked at.")
     drain_seconds: float = Field(0.0, ge=0, description="After SIGTERM: seconds not ready before draining begins.")
-    record_images: Literal["none", "uncertain", "all"] = Field(
+    record_images: Literal["none", "sampled", "uncertain", "all"] = Field(
         "all", description="Which uploaded pictures are kept with their prediction."
     )
+    record_sample: float = Field(0.05, ge=0, le=1, description="Share of the pictures that `sampled` keeps.")
     record_queue: int = Field(1000, ge=1, description="Predictions that may wait to be recorded; more are dropped.")
     model_version: Annotated[int | None, BeforeValidator(lambda given: None if given == "" else given)] = Field(
         None, ge=1, description="On Kubernetes: version of the model to serve; the pod template says it."
     )
     model_sha256: str = Field("", description="On Kubernetes: bundle to serve, 64 hexadecimal digits; as above.")
+    retention_days: int = Field(
+        90,
+        ge=0,
+        description="Days that predictions and their pictures are kept; 0: for ever. `predictions prune` deletes.",
+    )
+    max_batch_pictures: int = Field(32, ge=1, description="Most pictures of one batch.")
+    max_batch_bytes: int = Field(50_000_000, ge=1, description="Largest body of a batch, bytes.")
+    url_hosts: list[str] = Field(
+        [],
+        description="Hosts, with subdomains, that `POST /predict/url` fetches from (JSON list); empty: it is off.",
+    )
+    url_timeout: float = Field(10.0, gt=0, description="Seconds for fetching a picture by URL.")
+    url_concurrency: int = Field(8, ge=1, description="Pictures fetched by URL at once; more are refused with 503.")
+    require_keys: bool = Field(
+        False, description="Ask for API keys (`lawnwatch key create`); unset, everybody may do everything."
+    )
+    cors_origins: list[str] = Field(
+        [], description="Web origins whose pages may call the API, such as https://example.org (JSON list)."
+    )
+    trusted_proxies: list[IPvAnyNetwork] = Field(
+        [], description="Networks of proxies whose X-Forwarded-For names the client (JSON list), such as 10.0.0.0/8."
+    )
 
 
 class RolloutSettings(BaseModel):

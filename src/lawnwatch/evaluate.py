@@ -29,7 +29,7 @@ import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from lawnwatch import bundle, dataset, evaluation_report, gate, images, measure, registry, train
+from lawnwatch import bundle, dataset, evaluation_report, gate, heatmap, images, measure, registry, train
 from lawnwatch.catalog import Catalog, ImageRecord
 from lawnwatch.config import GateSettings, Settings
 from lawnwatch.errors import DataError, IntegrityError, NotFound, Unavailable
@@ -38,7 +38,7 @@ from lawnwatch.registry import Verdict
 from lawnwatch.sketch import Sketch
 from lawnwatch.store import ObjectStore
 
-METHOD = "2"  # changes whenever the same run would be measured or judged differently
+METHOD = "3"  # changes whenever the same run would be measured or judged differently
 REFERENCE_IMAGES = 1000  # training pictures in the reference sketch
 ALTERED_IMAGES = 400  # test pictures that are asked again in each alteration
 TIMED_IMAGES = 20
@@ -275,6 +275,7 @@ def _measure(
     validation = ask(settings, store, graph, rows["validation"])
     fitted = train.load_calibration(model.home)
     temperature = fitted.temperature
+    detector = bundle.UnknownDetector.load(fitted.unknown, temperature, fitted.statistics)
 
     reference_rows = sorted(rows["train"], key=lambda row: str(row.sha256))[:REFERENCE_IMAGES]
     progress(f"Measuring {len(rows['test'])} test images; reference of {len(reference_rows)} training images.")
@@ -292,6 +293,7 @@ def _measure(
         said = classes[int(probabilities[0].argmax())]
         raise UnusableModel(f"it answers {said!r} whatever the picture shows.")
     right = probabilities.argmax(axis=1) == labels["test"]
+    strangeness = detector.scores(test.logits, test.embeddings)
     robust = _altered(settings, store, model, rows["test"][:ALTERED_IMAGES])
     (took,) = _latency(settings, store, [graph], rows["test"][:TIMED_IMAGES])
     answers = {
@@ -302,6 +304,7 @@ def _measure(
     evaluation |= {
         "temperature": temperature,
         "unknown": fitted.unknown.model_dump(),
+        "called_unknown": measure.share(int((strangeness >= fitted.unknown.threshold).sum()), len(strangeness)),
         "unknown_comparison": fitted.comparison,
         "slices": measure.slices(right, _divisions(catalog, rows["test"], test)),
         "robustness": {
@@ -320,8 +323,17 @@ def _measure(
         robust=robust,
         latency_ms=took,
         model_bytes=len(model.data),
+        variant=_served_variant(model),
     )
     return evaluation, evidence, probabilities
+
+
+def _served_variant(model: Model) -> gate.Reduced | None:
+    """What training measured of the graph that is served, where its arithmetic is reduced."""
+    served = bundle.Variant.model_validate(model.facts["variants"][model.facts["served"]])
+    if served.arithmetic == "float32":
+        return None
+    return gate.Reduced(served.arithmetic, served.images, served.accuracy_change, served.speedup)
 
 
 def _losses(probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -409,7 +421,7 @@ def _divisions(catalog: Catalog, rows: Sequence[dataset.Row], answers: Answers) 
         "sharpness": measure.thirds(
             answers.sharpness, ("most blurred third", "middle third", "sharpest third"), "{:.0f}"
         ),
-        "source host": [host if host in large else "other hosts" for host in hosts],
+        bundle.HOST_SLICES: [host if host in large else "other hosts" for host in hosts],
         "label source": _label_sources(catalog, rows),
     }
 
@@ -547,7 +559,7 @@ def _shown(
         cam = model.graph(picture).cam
         return evaluation_report.Tile(
             picture=picture,
-            overlay=None if cam is None else evaluation_report.overlay(picture, cam[..., said]),
+            overlay=None if cam is None else heatmap.overlay(picture, cam[..., said]),
             label=rows[i].label,
             predicted=model.classes[said],
             probability=float(sure[i]),

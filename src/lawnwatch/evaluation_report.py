@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 FILE = "report.html"
 JPEG_QUALITY = 80
-HEAT = 0.6  # largest opacity of the class activation map over its picture
 
 METRICS = {
     "accuracy": ("Accuracy", "share of right answers"),
@@ -61,20 +60,6 @@ class Row:
     title: str
     count: int
     tiles: list[Tile]
-
-
-def overlay(picture: Rgb, cam: NDArray[np.floating[Any]]) -> Rgb:
-    """A picture with a class activation map over it (Zhou et al. 2016).
-
-    Args:
-        picture: (size, size, 3) uint8.
-        cam: (h, w), larger speaks for the class.
-    """
-    heat = cv2.resize(cam.astype(np.float32), picture.shape[1::-1], interpolation=cv2.INTER_CUBIC)
-    heat = np.clip((heat - heat.min()) / max(float(heat.max() - heat.min()), 1e-6), 0, 1)
-    colours = cv2.applyColorMap((heat * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
-    weight = HEAT * heat[..., np.newaxis]
-    return np.asarray(picture * (1 - weight) + colours * weight, dtype=np.uint8)
 
 
 def page(*, run_id: str, facts: dict[str, Any], evaluation: dict[str, Any], pictures: Sequence[Row]) -> bytes:

@@ -45,6 +45,22 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class Reduced:
+    """What reducing the arithmetic of the served graph cost and gained, on held-out images.
+
+    Attributes:
+        images: on which the graph was compared with the float32 Keras model.
+        change: its accuracy minus that model's on the same images.
+        speedup: times as fast as the float32 graph in one run.
+    """
+
+    arithmetic: str
+    images: int
+    change: float
+    speedup: float
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What was measured of one model on the n test images. What is None was not measured and is not judged.
 
@@ -56,6 +72,7 @@ class Evidence:
         robust: alteration → (m,) which of the same first m images it answered right when they were altered so.
         latency_ms: median time of one inference; challenger and champion in turn on the same images.
         model_bytes: size of the model file.
+        variant: of a served graph of reduced arithmetic; None when it is the float32 one.
     """
 
     labels: Sequence[str]
@@ -65,6 +82,7 @@ class Evidence:
     robust: dict[str, Bools] = field(default_factory=dict)
     latency_ms: float | None = None
     model_bytes: int | None = None
+    variant: Reduced | None = None
 
 
 @dataclass(frozen=True)
@@ -249,6 +267,8 @@ def floors(policy: GateSettings, model: Evidence) -> list[Check]:
         megabytes = model.model_bytes / 1e6
         said = f"The model file has {megabytes:.1f} MB"
         checks.append(_at_most("size", said, megabytes, megabytes, policy.max_model_bytes / 1e6, "{:.1f} MB"))
+    if model.variant is not None:
+        checks.append(_variant(policy, model.variant))
     return checks
 
 
@@ -279,6 +299,18 @@ def _accuracy(policy: GateSettings, right: int, n: int) -> Check:
     while wilson(round(right / n * needed), needed)[0] < floor and needed < MOST_IMAGES:
         needed += max(1, needed // 20)
     return Check("accuracy", "unsure", f"{said}; the lower bound must reach {floor:.0%}.", needed - n)
+
+
+def _variant(policy: GateSettings, served: Reduced) -> Check:
+    """Reduced arithmetic must cost next to nothing and must be worth it; training chose by the same rule."""
+    kept = served.change >= -policy.variant_loss - 1e-9 and served.speedup >= policy.variant_speedup
+    return Check(
+        "served variant",
+        "passed" if kept else "failed",
+        f"The served {served.arithmetic} graph is {_signed(served.change)} against float32 Keras on {served.images} "
+        f"held-out images ({_signed(-policy.variant_loss)} is allowed) and {served.speedup:.2f} times as fast as "
+        f"float32 ({policy.variant_speedup:.2f} is asked).",
+    )
 
 
 def _at_least(name: str, said: str, value: float, high: float, limit: float) -> Check:
@@ -436,7 +468,7 @@ def decide(
         more = images_to_show(pair.gain, pair.wins + pair.losses, pair.images, alpha=policy.alpha)
         said = (
             f"{compared[0].sentence} But it is not shown to be better, and no reason to change is recorded: "
-            "new data, a cheaper variant, or what `--reason` says."
+            "new data, a cheaper variant, or what --reason says."
         )
         said += f" Collect about {more} more labelled test images to show a gain of this size." if more else ""
         return Decision("inconclusive", said, checks=checks, comparison=comparison, more_images=more)

@@ -193,7 +193,7 @@ def _to_rgb(image: Image.Image) -> Rgb:
 
 def brightness(rgb: Rgb) -> float:
     """Mean luma (BT.601) of an (height, width, 3) uint8 picture, 0 black to 1 white."""
-    return float(cv2.mean(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY))[0] / 255.0)
+    return _brightness(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY))
 
 
 def sharpness(rgb: Rgb) -> float:
@@ -201,7 +201,20 @@ def sharpness(rgb: Rgb) -> float:
 
     Source: Pech-Pacheco et al., "Diatom autofocusing in brightfield microscopy", ICPR 2000.
     """
+    return _sharpness(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY))
+
+
+def light_and_blur(rgb: Rgb) -> tuple[float, float]:
+    """`brightness` and `sharpness`, the same numbers from one conversion to grey."""
     grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
+    return _brightness(grey), _sharpness(grey)
+
+
+def _brightness(grey: NDArray[np.uint8]) -> float:
+    return float(cv2.mean(grey)[0] / 255.0)
+
+
+def _sharpness(grey: NDArray[np.uint8]) -> float:
     if grey.shape != (SIZE, SIZE):
         grey = cv2.resize(grey, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
     _, deviation = cv2.meanStdDev(cv2.Laplacian(grey, cv2.CV_16S))  # 16 bits hold it exactly, and are quicker

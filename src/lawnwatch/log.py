@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
+from types import ModuleType
+from typing import cast
 
-import structlog
+# structlog would import rich for coloured tracebacks, a tenth of a second and some megabytes of every process.
+_has_rich = "rich" in sys.modules
+if not _has_rich:
+    sys.modules["rich"] = cast(ModuleType, None)  # how Python says: there is none
+import structlog  # noqa: E402
+
+if not _has_rich:
+    del sys.modules["rich"]
 
 
 def configure(*, level: str = "INFO", json: bool | None = None, run_id: str = "") -> None:

@@ -20,7 +20,7 @@ import shutil
 import socket
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -30,10 +30,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lawnwatch.bundle import TensorSpec
+from lawnwatch.bundle import Graph, TensorSpec
 from lawnwatch.errors import IntegrityError, SettingsError, Unavailable
 
 SIZE = 224
+SMALL_SIZE = 160  # side to which the cheaper graph brings its picture before the network
 EMBEDDING = 1280
 CUT_LAYER = "block_12_add"
 CUT_SHAPE = (14, 14, 96)
@@ -119,10 +120,36 @@ class Network:
     top: Any
 
 
+def start(seed: int, device: str) -> None:
+    """Begin a training: always from the same numbers and names, whatever this process did before.
+
+    Names count because Keras numbers its layers through the life of a process, and the exported graph holds them.
+
+    Args:
+        device: `cpu`; `gpu`, which must be there; `auto`: a GPU when there is one.
+
+    Raises:
+        SettingsError: there is no GPU and one was asked for, or TensorFlow has begun to use another device.
+    """
+    tf, k = tensorflow(), keras()
+    gpus = tf.config.list_physical_devices("GPU")
+    if device == "gpu" and not gpus:
+        raise SettingsError("TensorFlow finds no GPU here.", hint="Set LAWNWATCH_TRAIN__DEVICE to auto or cpu.")
+    if device == "cpu" and gpus:
+        try:
+            tf.config.set_visible_devices([], "GPU")
+        except RuntimeError as error:
+            raise SettingsError(f"the device cannot be changed to cpu: {error}", hint="Start a new process.") from error
+    k.utils.clear_session(free_memory=False)
+    k.utils.set_random_seed(seed)
+    tf.config.experimental.enable_op_determinism()
+
+
 def load_network(weights: Weights, *, size: int = SIZE, scale_on: NDArray[np.uint8] | None = None) -> Network:
     """Build MobileNetV2 and load its weights.
 
     Args:
+        size: side of the picture that the network sees; it takes one of SIZE and brings it to this itself.
         scale_on: (n, size, size, 3) uint8, a few dozen training pictures; only for random weights, whose features are
             brought to an ordinary size on them.
 
@@ -135,7 +162,8 @@ def load_network(weights: Weights, *, size: int = SIZE, scale_on: NDArray[np.uin
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # Keras' download waits for ever by default
     try:
-        base = k.applications.MobileNetV2(weights=source, include_top=False, input_shape=(size, size, 3))
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # weights of 224 serve any size
+            base = k.applications.MobileNetV2(weights=source, include_top=False, input_shape=(size, size, 3))
     except Exception as error:  # Keras raises plain Exception when a download fails
         if weights.path is not None:
             raise SettingsError(
@@ -152,9 +180,12 @@ def load_network(weights: Weights, *, size: int = SIZE, scale_on: NDArray[np.uin
         _scale_features(base, scale_on)
     base.trainable = False
     cut = base.get_layer(CUT_LAYER).output
-    image = k.Input((size, size, 3), dtype="uint8", name="image")
+    image = k.Input((SIZE, SIZE, 3), dtype="uint8", name="image")
+    seen = k.layers.Rescaling(1 / 127.5, offset=-1)(image)
+    if size != SIZE:
+        seen = k.layers.Resizing(size, size, interpolation="bilinear")(seen)
     below = k.Model(base.input, cut)
-    bottom = k.Model(image, below(k.layers.Rescaling(1 / 127.5, offset=-1)(image), training=False))
+    bottom = k.Model(image, below(seen, training=False))
     return Network(bottom=bottom, top=k.Model(cut, base.output))
 
 
@@ -204,17 +235,21 @@ def unfreeze_top(network: Network) -> list[Any]:
     return [variable for layer in network.top.layers for variable in layer.trainable_variables]
 
 
-def export_litert(model: Any, *, ranges: NDArray[np.uint8] | None = None) -> bytes:
-    """The model as a LiteRT graph with the signature of the bundle's contract.
+def export_litert(
+    model: Any, ranges: NDArray[np.uint8], arithmetics: Sequence[str] = ("float32", "int8")
+) -> dict[str, bytes]:
+    """The model as LiteRT graphs with the signature of the bundle's contract, one for each arithmetic.
+
+    In int8 the convolutions are, their ranges taken from pictures (Jacob et al. 2018); mean and head stay float32: they
+    cost no time, and rounded logits would cost calibration.
 
     Args:
-        ranges: (m, 224, 224, 3) uint8. When given, the convolutions are int8, their ranges taken from these pictures
-            (Jacob et al. 2018); mean and head stay float32: they cost no time, and rounded logits would cost
-            calibration.
+        ranges: (m, 224, 224, 3) uint8, for int8.
+        arithmetics: `float32`, `int8` or both.
 
     Returns:
-        A flatbuffer: signature `serving_default`, input `image` (1, 224, 224, 3) uint8, outputs `logits`,
-        `embedding` and `cam` by name.
+        Flatbuffers: signature `serving_default`, input `image` (1, 224, 224, 3) uint8, outputs `logits`, `embedding`
+        and `cam` by name.
     """
     tf, k = tensorflow(), keras()
     folder = tempfile.mkdtemp(prefix="lawnwatch-export-")
@@ -228,14 +263,17 @@ def export_litert(model: Any, *, ranges: NDArray[np.uint8] | None = None) -> byt
         )
         with _native_stderr_dropped(), warnings.catch_warnings(action="ignore", category=UserWarning):
             archive.write_out(folder, verbose=False)
-            converter = tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=["serving_default"])
-            graph: bytes = converter.convert() if ranges is None else _quantized(converter, ranges)
+            graphs: dict[str, bytes] = {}
+            for arithmetic in arithmetics:
+                converter = tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=["serving_default"])
+                graphs[arithmetic] = converter.convert() if arithmetic == "float32" else _quantized(converter, ranges)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    weights = (4 if ranges is None else 1) * sum(int(np.prod(weight.shape)) for weight in model.weights)
-    if len(graph) < weights / 2:  # a converter that lost the variables still returns a graph, of noise
-        raise IntegrityError(f"the exported graph has {len(graph)} bytes; its weights alone have {weights}.")
-    return graph
+    for arithmetic, graph in graphs.items():
+        weights = {"float32": 4, "int8": 1}[arithmetic] * sum(int(np.prod(weight.shape)) for weight in model.weights)
+        if len(graph) < weights / 2:  # a converter that lost the variables still returns a graph, of noise
+            raise IntegrityError(f"the exported graph has {len(graph)} bytes; its weights alone have {weights}.")
+    return graphs
 
 
 def _quantized(converter: Any, ranges: NDArray[np.uint8]) -> bytes:
@@ -259,12 +297,14 @@ def describe_inputs() -> dict[str, TensorSpec]:
     }
 
 
-def describe_outputs(n_classes: int) -> dict[str, TensorSpec]:
-    """The graph's outputs, for the manifest."""
+def describe_outputs(graph: bytes, n_classes: int) -> dict[str, TensorSpec]:
+    """The outputs of an exported graph, for the manifest. The map's side depends on what the network sees."""
+    cam = Graph(graph, classes=n_classes)(np.zeros((SIZE, SIZE, 3), np.uint8)).cam
+    side = 7 if cam is None else len(cam)
     return {
         "logits": TensorSpec(shape=[1, n_classes], dtype="float32", description="softmax(logits / temperature)"),
         "embedding": TensorSpec(shape=[1, EMBEDDING], dtype="float32", description="mean of the last map"),
         "cam": TensorSpec(
-            shape=[1, 7, 7, n_classes], dtype="float32", description="class activation map; mean = logits"
+            shape=[1, side, side, n_classes], dtype="float32", description="class activation map; mean = logits"
         ),
     }

@@ -30,6 +30,8 @@ from lawnwatch.config import get_settings
 
 SNAPSHOT = Asset(name="lawnwatch_snapshot", uri="lawnwatch://snapshot")
 RELEASE = Asset(name="lawnwatch_release", uri="lawnwatch://release")
+# An event of it says that somebody or something decided to train again; its extra may hold a `reason`.
+RETRAIN = Asset(name="lawnwatch_retrain", uri="lawnwatch://retrain")
 
 # How many tasks may fetch at once, over all runs; infra/pools.json makes it.
 FETCH_POOL = "lawnwatch_fetch"
@@ -87,7 +89,7 @@ class Step(BaseOperator):  # type: ignore[misc]  # Airflow is not checked
             is left out, so that `"{{ '--force' if params.force else '' }}"` is a flag.
         when: a template; the task is skipped where it renders to nothing or to `False`.
         returns: the key of the JSON that is the task's result instead of the whole; only such a result can be
-            mapped over.
+            mapped over. The other keys are XComs all the same.
         report: the step writes a report, and the task shows a button that opens it.
     """
 
@@ -127,7 +129,8 @@ class Step(BaseOperator):  # type: ignore[misc]  # Airflow is not checked
                 raise AirflowException(f"lawnwatch {argv[0]} ended well but printed no JSON object")
             if not self.returns:
                 return result
-            context["ti"].xcom_push("message", str(result.get("message", "")))
+            for key in result.keys() - {self.returns}:
+                context["ti"].xcom_push(key, result[key])
             return result[self.returns]
         # An XCom outlives the failure: whoever asks why finds the sentence without reading the log.
         message = message or f"lawnwatch {argv[0]} {_ending(code)}; its log says more"
@@ -189,6 +192,17 @@ def mapped_step(task_id: str, word: str, argvs: Any, **kwargs: Any) -> Any:
     """
     named = "{{ task.argv[1:] | join(' ') }}"
     return Step.partial(task_id=task_id, map_index_template=named, **_pod(word), **kwargs).expand(argv=argvs)
+
+
+def retrain_reason(triggering_asset_events: Any) -> str:
+    """Why the retrain decision that woke a DAG run was taken; empty when something else woke it."""
+    reasons = [
+        str(event.extra.get("reason") or "retrain decision")
+        for asset, events in triggering_asset_events.items()
+        if asset.name == RETRAIN.name
+        for event in events
+    ]
+    return "; ".join(dict.fromkeys(reasons))
 
 
 @task

@@ -13,12 +13,25 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
-from sqlalchemy import CHAR, JSON, BigInteger, Float, Index, Integer, LargeBinary, String, insert, select
+from sqlalchemy import (
+    CHAR,
+    JSON,
+    BigInteger,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    String,
+    delete,
+    insert,
+    inspect,
+    select,
+)
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy.orm import Mapped, defer, mapped_column
 
 from lawnwatch import log
 from lawnwatch.catalog import Base, Catalog, UtcDateTime
@@ -28,9 +41,11 @@ from lawnwatch.store import ObjectStore
 logger = log.get(__name__)
 
 BATCH = 100  # rows of one INSERT
-LINGER = 0.05  # seconds that the first row of a batch waits for company
+LINGER = 0.5  # seconds that the first row of a batch waits for company: a transaction costs as much as 20 rows
 QUEUED_IMAGE_BYTES = 64_000_000  # pictures waiting for the store; beyond it a record goes without its picture
 PAGE = 200  # most records of one page
+SLACK = timedelta(minutes=5)  # between the time in an id and the record's own: ids never go back, clocks do
+PRUNED = 500  # records deleted in one transaction
 
 DropReason = Literal["queue_full", "database", "closing", "image_queue_full", "image_store"]
 DROP_REASONS: tuple[DropReason, ...] = (
@@ -46,7 +61,11 @@ class PredictionRow(Base):
     """One answer of the API."""
 
     __tablename__ = "predictions"
-    __table_args__ = (Index("ix_predictions_label_id", "label", "id"),)
+    __table_args__ = (
+        Index("ix_predictions_label_id", "label", "id"),
+        Index("ix_predictions_client_id", "client", "id"),
+        Index("ix_predictions_model_version_id", "model_version", "id"),
+    )
 
     id: Mapped[str] = mapped_column(CHAR(36), primary_key=True)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
@@ -96,7 +115,7 @@ class Prediction:
     """One answer, as it is recorded.
 
     Attributes:
-        client: a short hash of who asked, never the address itself.
+        client: id of the API key that asked; None when keys are not required: no address is ever kept.
         embedding: 1280 little-endian float16, as bytes.
         image_key: where the store holds the picture; None when it was not kept.
         sharpness: variance of the Laplacian at the model's input size.
@@ -231,8 +250,7 @@ class PredictionWriter:
             batch = [self._queue.get(timeout=0.2)]
         except queue.Empty:
             return []
-        if not self._closing.is_set():
-            time.sleep(LINGER)
+        self._closing.wait(LINGER)
         while len(batch) < BATCH:
             try:
                 batch.append(self._queue.get_nowait())
@@ -302,14 +320,26 @@ class PredictionWriter:
 
 
 def list_predictions(
-    catalog: Catalog, *, limit: int = 50, before: str | None = None, label: str | None = None
+    catalog: Catalog,
+    *,
+    limit: int = 50,
+    before: str | None = None,
+    label: str | None = None,
+    version: int | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    min_confidence: float | None = None,
+    max_confidence: float | None = None,
+    client: str | None = None,
 ) -> PredictionPage:
     """Predictions, newest first, without their embeddings.
 
     Args:
         limit: 1 … 200.
         before: only predictions older than this id.
-        label: only predictions with this label.
+        label, version, client: only those with this label, model version, API key.
+        since, until: only those made at or after, and before, these moments; UTC unless they say otherwise.
+        min_confidence, max_confidence: only those at least, and at most, so confident.
 
     Raises:
         InputError: `limit` is out of range or `before` is no prediction id.
@@ -317,13 +347,28 @@ def list_predictions(
     """
     if not 1 <= limit <= PAGE:
         raise InputError(f"limit must be 1 to {PAGE}; received {limit}.")
-    query = select(PredictionRow).order_by(PredictionRow.id.desc()).limit(limit + 1)
+    query = select(PredictionRow).options(defer(PredictionRow.embedding)).order_by(PredictionRow.id.desc())
     if before is not None:
         query = query.where(PredictionRow.id < _checked(before))
-    if label is not None:
-        query = query.where(PredictionRow.label == label)
+    if since is not None:
+        since = _utc(since)
+        query = query.where(PredictionRow.id >= _first_id(since, -SLACK), PredictionRow.created_at >= since)
+    if until is not None:
+        until = _utc(until)
+        query = query.where(PredictionRow.id < _first_id(until, SLACK), PredictionRow.created_at < until)
+    for column, wanted in (
+        (PredictionRow.label, label),
+        (PredictionRow.model_version, version),
+        (PredictionRow.client, client),
+    ):
+        if wanted is not None:
+            query = query.where(column == wanted)
+    if min_confidence is not None:
+        query = query.where(PredictionRow.confidence >= min_confidence)
+    if max_confidence is not None:
+        query = query.where(PredictionRow.confidence <= max_confidence)
     with catalog.session() as session:
-        items = [_prediction(row) for row in session.scalars(query)]
+        items = [_prediction(row) for row in session.scalars(query.limit(limit + 1))]
     more = len(items) > limit
     return PredictionPage(items[:limit], items[limit - 1].prediction_id if more else None)
 
@@ -353,8 +398,84 @@ def _checked(prediction_id: str) -> str:
         ) from None
 
 
+def _utc(moment: datetime) -> datetime:
+    try:
+        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    except OverflowError:
+        raise InputError(f"{moment.isoformat()} is before or after all that a calendar knows.") from None
+
+
+def _first_id(moment: datetime, shift: timedelta) -> str:
+    """The least id of a moment: ids begin with their time, so the primary key finds a span without an index more."""
+    return str(uuid.UUID(int=max(0, int((moment.timestamp() + shift.total_seconds()) * 1000)) << 80))
+
+
 def _prediction(row: PredictionRow) -> Prediction:
-    values = {name: getattr(row, name) for name in Prediction.__slots__ if name != "prediction_id"}
+    unloaded = inspect(row).unloaded
+    values: dict[str, Any] = {
+        name: None if name in unloaded else getattr(row, name)
+        for name in Prediction.__slots__
+        if name != "prediction_id"
+    }
     created = values["created_at"]
     values["created_at"] = created if created.tzinfo else created.replace(tzinfo=UTC)
     return Prediction(prediction_id=row.id, **values)
+
+
+# --- forgetting ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was deleted."""
+
+    records: int
+    pictures: int
+    before: datetime | None
+    message: str
+
+
+def prune(
+    catalog: Catalog, store: ObjectStore, *, days: int, progress: Callable[[str], None] = lambda _: None
+) -> Pruned:
+    """Delete the predictions older than `days`, each picture before the record that names it: a picture that nothing
+    names could never be found again. Killed midway, it goes on where it stopped.
+
+    Args:
+        days: 0 keeps everything.
+
+    Raises:
+        InputError: `days` is negative.
+        Unavailable: the database or the store does not answer.
+    """
+    if days < 0:
+        raise InputError(f"days must be 0 or more; received {days}.")
+    if days == 0:
+        return Pruned(0, 0, None, "Predictions are kept for ever (LAWNWATCH_SERVING__RETENTION_DAYS is 0).")
+    before = datetime.now(UTC) - timedelta(days=days)
+    old = (
+        select(PredictionRow.id, PredictionRow.image_key)
+        .where(PredictionRow.created_at < before)
+        .order_by(PredictionRow.created_at)
+        .limit(PRUNED)
+    )
+    records = pictures = 0
+    while True:
+        with catalog.session() as session:
+            batch = session.execute(old).all()
+        if not batch:
+            break
+        for _, key in batch:
+            if key is not None:
+                store.delete(key)
+                pictures += 1
+        with catalog.session() as session:
+            session.execute(delete(PredictionRow).where(PredictionRow.id.in_([identity for identity, _ in batch])))
+        records += len(batch)
+        progress(f"{records} predictions deleted")
+    return Pruned(
+        records,
+        pictures,
+        before,
+        f"Deleted {records} predictions older than {days} days, {pictures} pictures with them.",
+    )

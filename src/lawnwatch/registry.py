@@ -220,7 +220,14 @@ def tracking(settings: Settings) -> Iterator[Any]:
         raise Unavailable(f"MLflow at {where} failed: {_first_line(error)}", hint=hint) from error
 
 
-def _first_line(error: Exception) -> str:
+def _deepest(error: BaseException) -> BaseException:
+    """What an exception began with."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return error
+
+
+def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
 
@@ -275,9 +282,18 @@ def artifacts(settings: Settings, run_id: str, folder: str) -> Path:
             shutil.rmtree(copy, ignore_errors=True)
     copy.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=copy.parent) as building, tracking(settings) as client:
+        from mlflow.exceptions import MlflowException
+
         if not client.list_artifacts(run_id, folder):
             raise NotFound(f"run {run_id} has no artifacts below {folder}/.", hint="Was the step before it run?")
-        fetched = _verified(Path(client.download_artifacts(run_id, folder, building)))
+        try:
+            fetched = _verified(Path(client.download_artifacts(run_id, folder, building)))
+        except MlflowException as error:
+            # MLflow says "please ensure that the path is correct" to whatever happens on the way.
+            raise Unavailable(
+                f"the artifacts of run {run_id} cannot be copied to {copy.parent}: {_first_line(_deepest(error))}",
+                hint="Free disk space, see that MLflow's artifact store answers, and run the step again.",
+            ) from error
         try:
             fetched.rename(copy)
         except OSError:
@@ -341,9 +357,20 @@ def log_evaluation(settings: Settings, run_id: str, evaluation: dict[str, Any], 
             RunTag("lawnwatch.claim", verdict["claim"]),
             RunTag("lawnwatch.verdict", verdict["reason"][:4000]),
             RunTag("lawnwatch.report", evaluation["report_url"]),
+            RunTag("mlflow.note.content", _described(client.get_run(run_id), evaluation)),
         ]
         client.log_batch(run_id, metrics=metrics, tags=tags)
     forget_artifacts(settings, run_id, folder.name)
+
+
+def _described(run: Any, evaluation: dict[str, Any]) -> str:
+    """What the run's page says of it, with the verdict below what training said."""
+    trained = run.data.tags.get("mlflow.note.content", "").partition("\n\n**Verdict")[0]
+    verdict = evaluation["verdict"]
+    return (
+        f"{trained}\n\n**Verdict: {verdict['decision']}.** {verdict['reason'][:2000]}\n\n"
+        f"[Evaluation report]({evaluation['report_url']})"
+    )
 
 
 # --- verdicts -----------------------------------------------------------------------------------------------
@@ -417,7 +444,7 @@ def promote(settings: Settings, catalog: Catalog, run_id: str) -> Promotion:
         return Promotion(
             now.version, now.previous_version, run_id, False, f"Version {now.version} is champion already."
         )
-    verdict = _promotable(catalog, run_id)
+    verdict = _promotable(catalog, run_id, now)
     with _locked_champion(settings, catalog, verdict.champion_version) as session:
         with tracking(settings) as client:
             version = _register(settings, client, verdict)
@@ -501,11 +528,12 @@ def _locked_champion(settings: Settings, catalog: Catalog, expected: int) -> Ite
             .values(updated_at=now)
         )
         if held.rowcount != 1:  # type: ignore[attr-defined]
-            raise Conflict(
-                f"the champion is no longer version {expected}, which the verdict compared with.",
-                hint="Evaluate the run again: it will be compared with the new champion.",
-            )
+            raise _changed(f"the champion is no longer version {expected}, which the verdict compared with")
         yield session
+
+
+def _changed(said: str) -> Conflict:
+    return Conflict(f"{said}.", hint="Evaluate the run again: it will be compared with the champion of now.")
 
 
 def _crown(session: Session, settings: Settings, kind: str, version: int, verdict: Verdict) -> None:
@@ -531,22 +559,26 @@ def register(settings: Settings, catalog: Catalog, run_id: str) -> VersionInfo:
     """Register a run's model as a version with alias `challenger`; again returns the same version.
 
     Raises:
-        NotFound: the run has no verdict. DataError: its verdict is not `promote`. Unavailable.
+        NotFound: the run has no verdict. DataError: its verdict is not `promote`.
+        Conflict: the champion is no longer the one the verdict compared with. Unavailable.
     """
-    verdict = _promotable(catalog, run_id)
     now = champion(settings, catalog)
-    if now is None or now.run_id != run_id:
-        with tracking(settings) as client:
-            version = _register(settings, client, verdict)
-    else:
-        version = now.version
+    if now is not None and now.run_id == run_id:
+        return show(settings, catalog, now.version)
+    verdict = _promotable(catalog, run_id, now)
+    with tracking(settings) as client:
+        version = _register(settings, client, verdict)
     return show(settings, catalog, version)
 
 
-def _promotable(catalog: Catalog, run_id: str) -> Verdict:
-    verdict = find_verdict(catalog, run_id)
-    if verdict is None:
+def _promotable(catalog: Catalog, run_id: str, now: Champion | None) -> Verdict:
+    """The verdict on a run against the champion of now, if it says promote."""
+    version = now.version if now else 0
+    verdict = find_verdict(catalog, run_id, version)
+    if verdict is None and find_verdict(catalog, run_id) is None:
         raise NotFound(f"run {run_id} has no verdict.", hint=f"Run `lawnwatch evaluate --run {run_id}` first.")
+    if verdict is None:
+        raise _changed(f"the verdict on run {run_id} compared with another champion than version {version}")
     if verdict.decision != "promote":
         raise DataError(
             f"run {run_id} is not promoted; its verdict is {verdict.decision}: {verdict.reason}",
@@ -624,7 +656,12 @@ def show(settings: Settings, catalog: Catalog, version: str | int = "champion") 
     for info in versions:
         if wanted == str(info.version) or str(version) in info.aliases:
             return info
-    there = ", ".join(str(info.version) for info in versions) or "none yet"
+    if not versions:
+        raise NotFound(
+            f"there is no model version {version}, nor any other yet.",
+            hint="`lawnwatch train`, `evaluate` and `model promote` make one.",
+        )
+    there = ", ".join(sorted(f"v{info.version}" for info in versions))
     raise NotFound(f"there is no model version {version}; there are: {there}.", hint="Run `lawnwatch model list`.")
 
 

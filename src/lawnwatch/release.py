@@ -107,6 +107,8 @@ def _build(settings: Settings, catalog: Catalog, store: ObjectStore, info: regis
     classes, temperature = facts["classes"], evaluation["temperature"]
     # The recorded verdict may be a later one, against another champion; the promotion rested on this.
     evaluation["verdict"] = {"decision": info.decision, "reason": info.reason}
+    # A bundle is public, its evaluation is what `/model/info` tells everybody: where pictures come from is not.
+    evaluation["slices"] = [part for part in evaluation["slices"] if part["division"] != bundle.HOST_SLICES]
 
     variants = {name: bundle.Variant.model_validate(one) for name, one in facts["variants"].items()}
     files = {one.file: (trained / one.file).read_bytes() for one in variants.values()}

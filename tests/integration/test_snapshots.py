@@ -17,8 +17,10 @@ from lawn import Lawn, Picture
 from lawnwatch import dataset, images
 from lawnwatch.catalog import Catalog, ImageRecord, SnapshotRecord
 from lawnwatch.config import Settings
+from lawnwatch.dataset import splits
 from lawnwatch.errors import NotFound, Unavailable
-from lawnwatch.store import LocalStore, S3Store, open_store
+from lawnwatch.store import LocalStore, open_store, sha256_of
+from lawnwatch.store.s3 import S3Store
 
 pytestmark = pytest.mark.integration
 # Processes forked from one that has imported all this and started no thread.
@@ -42,7 +44,7 @@ def state(lawn: Lawn) -> tuple[list[Any], list[Any], list[str]]:
         records = [tuple(row) for row in session.execute(sa.select(*columns).order_by(ImageRecord.url))]
         snapshots = list(session.scalars(sa.select(SnapshotRecord.id).order_by(SnapshotRecord.id)))
     objects = [
-        (info.key, dataset.sha256_of(lawn.store.get(info.key)) if info.key.endswith(".parquet") else "")
+        (info.key, sha256_of(lawn.store.get(info.key)) if info.key.endswith(".parquet") else "")
         for info in lawn.store.list("snapshots/")
     ]
     return records, objects, snapshots
@@ -182,7 +184,7 @@ def test_29_a_store_that_goes_away_leaves_no_snapshot(
 def test_relabelled_while_it_is_judged_on_mariadb(real: Lawn, monkeypatch: pytest.MonkeyPatch) -> None:
     """No lock is held while judging: a person's correction goes through at once, and it counts."""
     page = "https://photos.example/5.jpg"
-    judge, looks = dataset._judge, 0
+    judge, looks = splits._judge, 0
 
     def meanwhile(*given: Any) -> dataset.Settled:
         nonlocal looks
@@ -191,7 +193,7 @@ def test_relabelled_while_it_is_judged_on_mariadb(real: Lawn, monkeypatch: pytes
             real.catalog.relabel(page, "grass")
         return judge(*given)
 
-    monkeypatch.setattr(dataset, "_judge", meanwhile)
+    monkeypatch.setattr(splits, "_judge", meanwhile)
     try:
         snapshot = real.snapshot()
     finally:

@@ -13,7 +13,8 @@ import pytest
 from lawnwatch import store as store_module
 from lawnwatch.config import Settings
 from lawnwatch.errors import InputError, IntegrityError, NotFound
-from lawnwatch.store import LocalStore, ObjectInfo, ObjectStore, S3Store, open_store
+from lawnwatch.store import LocalStore, ObjectInfo, ObjectStore, open_store
+from lawnwatch.store.s3 import S3Store
 
 PART = 5 << 20  # the least that S3 takes as a part
 

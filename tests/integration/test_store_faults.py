@@ -19,7 +19,8 @@ from faults import Fault, FaultProxy
 from lawnwatch import store as store_module
 from lawnwatch.config import Settings
 from lawnwatch.errors import IntegrityError, LawnwatchError, NotFound, SettingsError, Unavailable
-from lawnwatch.store import S3Store, open_store
+from lawnwatch.store import open_store
+from lawnwatch.store.s3 import S3Store
 
 pytestmark = pytest.mark.integration
 DATA = os.urandom(300_000)

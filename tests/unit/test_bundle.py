@@ -165,6 +165,25 @@ def test_40_a_bundle_holds_no_code(store: ObjectStore, name: str) -> None:
         bundle.write(store, {**FILES, name: b"x"}, meta())
 
 
+class Harmful:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, sentinel: Path) -> None:
+        self.sentinel = sentinel
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.write_text, (self.sentinel, "executed")
+
+
+def test_40_a_pickle_among_the_arrays_is_refused_and_not_run(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, bank=np.array([Harmful(tmp_path / "sentinel")], dtype=object), allow_pickle=True)
+    spec = bundle.Unknown(method="knn", threshold=0.5, accept_rate=0.9)
+    with pytest.raises(IntegrityError, match=bundle.UNKNOWN):
+        bundle.UnknownDetector.load(spec, 1.0, buffer.getvalue())
+    assert not (tmp_path / "sentinel").exists()
+
+
 def test_a_name_that_is_no_hash_is_not_found(store: ObjectStore) -> None:
     for name in ("latest", "../" * 10, "A" * 64, ""):
         with pytest.raises(NotFound):

@@ -21,12 +21,14 @@ EDGES = {
         "recheck": ["quality"],
         "quality": ["snapshot"],
         "snapshot": [],
+        "prune": [],
     },
     "training_pipeline": {
-        "check": ["anything_new", "snapshot", "unchanged"],
+        "check": ["anything_new", "candidate", "snapshot", "unchanged"],
         "anything_new": ["snapshot", "unchanged"],
         "unchanged": ["release"],
-        "snapshot": ["train"],
+        "snapshot": ["candidate", "train"],
+        "candidate": ["train"],
         "train": ["evaluate", "promote", "register"],
         "evaluate": ["gate", "keep_champion"],
         "gate": ["keep_champion", "promote", "register"],
@@ -63,6 +65,7 @@ print(json.dumps({
             "params": {name: dag.params.get_param(name).description for name in dag.params},
             "outlets": sorted(a.name for t in dag.tasks for a in t.outlets),
             "weekly": "Timetable" in type(getattr(dag.timetable, "timetable", None)).__name__,
+            "starts_on": type(dag.timetable.asset_condition).__name__,
             "schedule": sorted(a.name for a in dag.timetable.asset_condition.objects)
                 if dag.timetable.asset_condition else [],
         }
@@ -112,7 +115,9 @@ def test_every_dag_explains_itself(parsed):
 
 def test_the_assets_join_the_dags(parsed):
     dags = parsed["dags"]
-    assert dags["data_pipeline"]["outlets"] == dags["training_pipeline"]["schedule"] == ["lawnwatch_snapshot"]
+    assert dags["data_pipeline"]["outlets"] == ["lawnwatch_snapshot"]
+    assert dags["training_pipeline"]["schedule"] == ["lawnwatch_retrain", "lawnwatch_snapshot"]
+    assert dags["training_pipeline"]["starts_on"] == "AssetAny", "one of them is enough"
     assert dags["training_pipeline"]["outlets"] == dags["inference_pipeline"]["schedule"] == ["lawnwatch_release"]
 
 
@@ -129,6 +134,12 @@ def test_every_pool_that_a_task_needs_is_one_that_the_installation_makes(parsed)
     used = {pool for dag in parsed["dags"].values() for pool in dag["pools"]}
     assert used == set(made)
     assert all(pool["slots"] >= 1 and pool["description"] for pool in made.values())
+
+
+def test_the_candidates_are_trained_side_by_side_and_the_evaluation_shows_its_report(parsed):
+    training = parsed["dags"]["training_pipeline"]
+    assert training["mapped"] == ["candidate"]
+    assert training["links"] == ["evaluate"]
 
 
 def test_training_also_runs_every_week_and_asks_nobody_unless_told(parsed):

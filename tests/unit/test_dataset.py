@@ -23,6 +23,7 @@ from PIL import Image
 from lawn import Lawn, Picture, jpeg, scene
 from lawnwatch import cli, dataset
 from lawnwatch.catalog import ImageRecord, SnapshotRecord
+from lawnwatch.dataset import create, splits
 from lawnwatch.errors import DataError, InputError, IntegrityError, NotFound, Unavailable
 from lawnwatch.store import LocalStore, ObjectInfo
 
@@ -34,7 +35,7 @@ def lawn(tmp_path: Path) -> Lawn:
     return Lawn(tmp_path)
 
 
-def splits(snapshot: dataset.Snapshot) -> dict[str, str]:
+def split_of(snapshot: dataset.Snapshot) -> dict[str, str]:
     return {row.sha256: row.split for row in snapshot.rows}
 
 
@@ -67,12 +68,12 @@ def test_the_shares_of_the_first_snapshot(lawn: Lawn) -> None:
 
 def test_26_a_split_is_for_life_and_the_test_split_does_not_grow(lawn: Lawn) -> None:
     lawn.fill(30)
-    before = splits(lawn.snapshot())
+    before = split_of(lawn.snapshot())
     lawn.fill(30, first=100)
     after = lawn.snapshot()
     assert after.created
-    assert {sha: split for sha, split in splits(after).items() if sha in before} == before
-    newcomers = Counter(split for sha, split in splits(after).items() if sha not in before)
+    assert {sha: split for sha, split in split_of(after).items() if sha in before} == before
+    newcomers = Counter(split for sha, split in split_of(after).items() if sha not in before)
     assert newcomers["test"] == 0 and newcomers["train"] > newcomers["validation"] > 0
 
 
@@ -109,7 +110,7 @@ def test_26_a_newcomer_that_bridges_two_splits_is_quarantined(lawn: Lawn) -> Non
     after = lawn.snapshot()
     record = lawn.record("bridge.jpg")
     assert record.state == "quarantined" and (record.reason or "").startswith("split_bridge: ")
-    assert (after.id, splits(after)) == (first.id, splits(first))
+    assert (after.id, split_of(after)) == (first.id, split_of(first))
 
 
 def test_25_one_picture_with_two_labels_is_trained_under_neither(lawn: Lawn) -> None:
@@ -117,7 +118,7 @@ def test_25_one_picture_with_two_labels_is_trained_under_neither(lawn: Lawn) -> 
     lawn.put("same.jpg", "dandelion", jpeg(scene(3)))
     snapshot = lawn.snapshot()
     assert snapshot.quarantined == 2
-    assert hashlib.sha256(jpeg(scene(3))).hexdigest() not in splits(snapshot)
+    assert hashlib.sha256(jpeg(scene(3))).hexdigest() not in split_of(snapshot)
     for name in ("g3.jpg", "same.jpg"):
         assert (lawn.record(name).reason or "").startswith("label_conflict: ")
     lawn.put("third.jpg", "grass", jpeg(scene(3), 70))
@@ -130,7 +131,7 @@ def test_25_a_correction_frees_all_copies(lawn: Lawn) -> None:
     lawn.snapshot()
     lawn.catalog.relabel("https://photos.example/same.jpg", "grass")
     healed = lawn.snapshot()
-    assert healed.quarantined == 0 and hashlib.sha256(jpeg(scene(3))).hexdigest() in splits(healed)
+    assert healed.quarantined == 0 and hashlib.sha256(jpeg(scene(3))).hexdigest() in split_of(healed)
     assert {lawn.record(name).state for name in ("g3.jpg", "same.jpg")} == {"stored"}
 
 
@@ -268,7 +269,7 @@ def test_26_whatever_the_order_no_group_ever_spans_two_splits(tmp_path: Path, se
         apart.put_all(list(part))
         snapshot = apart.snapshot()
         assert apart.snapshot().id == snapshot.id, "again changes nothing"
-        now = splits(snapshot)
+        now = split_of(snapshot)
         assert {sha: split for sha, split in now.items() if sha in before} == {s: before[s] for s in now if s in before}
         before |= now
         of_chain = {hashlib.sha256(p.name.encode()).hexdigest(): p.name.partition("-")[0] for p in pictures}
@@ -299,7 +300,7 @@ def test_26_a_picture_that_left_still_holds_the_split_of_its_group(lawn: Lawn) -
         f"copy-{name}": "test" for name in names
     }
     lawn.change(names[0], state="stored", reason=None)
-    assert splits(lawn.snapshot())[str(lawn.record(names[0]).sha256)] == "test"
+    assert split_of(lawn.snapshot())[str(lawn.record(names[0]).sha256)] == "test"
 
 
 def stored(lawn: Lawn, name: str) -> bytes:
@@ -317,7 +318,9 @@ def test_26_a_picture_that_changed_into_one_of_another_split_is_set_aside(lawn: 
     lawn.change(name, sha256=new.sha256, object_key=new.object_key, phash=new.phash, bytes=new.bytes)
     after = lawn.snapshot()
     assert (lawn.record(name).reason or "").startswith("split_bridge: ") and lawn.record(name).split == "train"
-    assert splits(after)[test.sha256] == "test" and after.counts["train"]["grass"] == first.counts["train"]["grass"] - 1
+    assert (
+        split_of(after)[test.sha256] == "test" and after.counts["train"]["grass"] == first.counts["train"]["grass"] - 1
+    )
 
 
 def test_26_a_relabelled_picture_keeps_its_split(lawn: Lawn) -> None:
@@ -344,7 +347,7 @@ def test_the_test_split_grows_by_a_recorded_act_only(lawn: Lawn) -> None:
     grown = lawn.snapshot(new_to_test=0.5)
     sizes = {split: sum(grown.counts[split].values()) - sum(before.counts[split].values()) for split in dataset.SPLITS}
     assert 10 < sizes["test"] < 30 and sizes["train"] > 0
-    assert {sha: split for sha, split in splits(grown).items() if sha in splits(before)} == splits(before)
+    assert {sha: split for sha, split in split_of(grown).items() if sha in split_of(before)} == split_of(before)
     assert dataset.load_snapshot(lawn.catalog, lawn.store).made_by["new_to_test"] == 0.5
     for wrong in (-0.1, 1.0, float("nan")):
         with pytest.raises(InputError):
@@ -372,7 +375,7 @@ def test_settling_records_groups_and_quarantines_and_splits_nobody_new(lawn: Law
 
 def test_what_changes_while_it_is_judged_is_judged_again(lawn: Lawn, monkeypatch: pytest.MonkeyPatch) -> None:
     lawn.fill(20)
-    judge, looks = dataset._judge, 0
+    judge, looks = splits._judge, 0
 
     def meanwhile(*given: object) -> dataset.Settled:
         nonlocal looks
@@ -381,7 +384,7 @@ def test_what_changes_while_it_is_judged_is_judged_again(lawn: Lawn, monkeypatch
             lawn.catalog.relabel("https://photos.example/g3.jpg", "dandelion")
         return judge(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(dataset, "_judge", meanwhile)
+    monkeypatch.setattr(splits, "_judge", meanwhile)
     snapshot = lawn.snapshot()
     assert looks == 2
     assert next(row.label for row in snapshot.rows if row.url.endswith("/g3.jpg")) == "dandelion"
@@ -498,7 +501,7 @@ def test_35_the_newest_snapshot_is_the_last_one_made_whatever_the_clock_says(
     lawn.fill(6)
     lawn.snapshot()
     lawn.fill(6, first=100)
-    monkeypatch.setattr(dataset, "utc_now", lambda: datetime(2001, 1, 1, tzinfo=UTC))
+    monkeypatch.setattr(create, "utc_now", lambda: datetime(2001, 1, 1, tzinfo=UTC))
     second = lawn.snapshot()
     assert dataset.load_snapshot(lawn.catalog, lawn.store, "latest").id == second.id
 

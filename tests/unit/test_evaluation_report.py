@@ -8,7 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from lawnwatch import evaluation_report, gate, measure
+from lawnwatch import evaluation_report, gate, heatmap, measure
 from lawnwatch.config import GateSettings
 
 pytestmark = pytest.mark.unit
@@ -59,7 +59,7 @@ def pictures() -> list[evaluation_report.Row]:
     picture = np.random.default_rng(0).integers(0, 255, (32, 32, 3)).astype(np.uint8)
     cam = np.random.default_rng(1).normal(size=(7, 7))
     seen = evaluation_report.Tile(
-        picture, evaluation_report.overlay(picture, cam), HOSTILE, "grass", 0.9, f"javascript:{HOSTILE}"
+        picture, heatmap.overlay(picture, cam), HOSTILE, "grass", 0.9, f"javascript:{HOSTILE}"
     )
     return [evaluation_report.Row("Surest mistakes", 1, [seen]), evaluation_report.Row("Least sure answers", 0, [])]
 
@@ -106,9 +106,9 @@ def test_the_overlay_marks_where_the_map_is_high_and_survives_a_flat_one() -> No
     grey = np.full((64, 64, 3), 100, np.uint8)
     cam = np.zeros((7, 7))
     cam[:3, :3] = 5
-    marked = evaluation_report.overlay(grey, cam).astype(int)
+    marked = heatmap.overlay(grey, cam).astype(int)
     assert np.abs(marked[:20, :20] - 100).mean() > 5 * np.abs(marked[44:, 44:] - 100).mean()
-    assert np.array_equal(evaluation_report.overlay(grey, np.zeros((7, 7))), grey)
+    assert np.array_equal(heatmap.overlay(grey, np.zeros((7, 7))), grey)
 
 
 def test_signs_are_written_as_people_write_them() -> None:

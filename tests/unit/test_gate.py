@@ -228,3 +228,16 @@ def test_truly_worse_challengers_are_hardly_ever_promoted(wins: float, n: int) -
 
 def test_a_clearly_better_challenger_is_found() -> None:
     assert promoted(0.10, 0.02, (), n=200) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("change", "speedup", "wanted"),
+    [(-0.005, 1.6, "passed"), (0.01, 1.1, "passed"), (-0.0063, 1.6, "failed"), (0.01, 1.05, "failed")],
+)
+def test_a_reduced_graph_must_cost_next_to_nothing_and_be_worth_it(change: float, speedup: float, wanted: str) -> None:
+    """Two of 320 images are 0.63 points."""
+    model = replace(alone(78, 80), variant=gate.Reduced("int8", 320, change, speedup))
+    verdict = gate.decide(POLICY, model)
+    assert status(verdict)["served variant"] == wanted
+    assert verdict.decision == ("promote" if wanted == "passed" else "reject")
+    assert "served variant" not in status(gate.decide(POLICY, alone(78, 80)))

@@ -156,3 +156,24 @@ def test_resources_are_asked_for_only_where_tasks_are_pods(monkeypatch):
 
     assert os.environ.get("AIRFLOW__CORE__EXECUTOR") is None
     assert pipeline._pod("train") == {}
+
+
+def test_what_is_not_mapped_over_is_there_for_other_steps(run):
+    _, notes, execute = run(
+        """echo '{"commands": [["train"]], "snapshot": "3f2a", "message": "m"}'""", returns="commands"
+    )
+    execute()
+    assert notes.xcom == {"snapshot": "3f2a", "message": "m"}
+
+
+def test_a_retrain_decision_names_its_reason_once_and_another_event_gives_none():
+    """A lost or doubled event changes nothing: two of them are one reason to train."""
+    from types import SimpleNamespace
+
+    from lawnwatch import pipeline
+
+    event = SimpleNamespace(extra={"reason": "drift of the embeddings"})
+    assert pipeline.retrain_reason({pipeline.RETRAIN: [event, event]}) == "drift of the embeddings"
+    assert pipeline.retrain_reason({pipeline.RETRAIN: [SimpleNamespace(extra={})]}) == "retrain decision"
+    assert pipeline.retrain_reason({pipeline.SNAPSHOT: [event]}) == ""
+    assert pipeline.retrain_reason({}) == ""

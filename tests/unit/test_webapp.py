@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import base64
 import http.server
 import io
 import json
@@ -144,6 +145,7 @@ class Stub:
         self.closed = False
         self.answers: dict[str, Callable[[], Answer]] = {}
         self.asked: list[tuple[str, str, bytes]] = []
+        self.keys: set[str | None] = set()
         stub = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -155,6 +157,7 @@ class Stub:
             def answer_it(self) -> None:
                 body = self.rfile.read(int(self.headers.get("content-length") or 0))
                 stub.asked.append((self.command, self.path, body))
+                stub.keys.add(self.headers.get("x-api-key"))
                 if stub.closed:  # a connection kept from before: cut, as a killed process would
                     self.close_connection = True
                     return
@@ -289,7 +292,7 @@ def test_a_picture_is_asked_about_once_however_often_the_page_runs(stub: Stub) -
     app = upload(open_page("predict"), jpeg())
     app.run()
     app.run()
-    assert stub.paths("POST") == ["/predict"]
+    assert stub.paths("POST") == ["/predict?explain=true"]
 
 
 def test_the_name_of_the_users_file_is_not_sent(stub: Stub) -> None:
@@ -297,6 +300,30 @@ def test_the_name_of_the_users_file_is_not_sent(stub: Stub) -> None:
     (sent,) = [body for method, _, body in stub.asked if method == "POST"]
     assert b"my-private-name" not in sent
     assert jpeg() in sent
+
+
+def test_what_speaks_for_the_class_is_marked_on_wish_without_asking_again(stub: Stub) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 48), "red").save(buffer, "PNG")
+    why = {"class": "dandelion", "png_base64": base64.b64encode(buffer.getvalue()).decode()}
+    stub.answers["/predict"] = lambda: as_json(prediction(explanation=why))
+    app = upload(open_page("predict"), jpeg())
+    plain = app.get("image")[0].proto.SerializeToString()
+    (toggle,) = app.toggle
+    assert "dandelion" in toggle.label and toggle.value is False
+    app = toggle.set_value(True).run()
+    assert_calm(app)
+    assert app.get("image")[0].proto.SerializeToString() != plain
+    assert len(stub.paths("POST")) == 1
+    stub.answers["/predict"] = lambda: as_json(prediction(explanation=None))
+    assert not upload(open_page("predict"), jpeg(), name="other.jpg").toggle
+
+
+def test_the_api_key_is_sent_and_never_shown(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAWNWATCH_API_KEY", "lw_secret")
+    import_module("streamlit").cache_resource.clear()
+    app = upload(open_page("predict"), jpeg())
+    assert stub.keys == {"lw_secret"} and "lw_secret" not in text(app)
 
 
 def test_an_unknown_picture_is_explained_and_claims_no_class(stub: Stub) -> None:
@@ -501,7 +528,7 @@ def test_a_second_try_asks_again(stub: Stub) -> None:
     next(each for each in app.button if each.label == "Try again").click().run()
     assert_calm(app)
     assert "98.2 %" in text(app)
-    assert stub.paths("POST") == ["/predict", "/predict"]
+    assert stub.paths("POST") == ["/predict?explain=true"] * 2
 
 
 def test_a_file_that_is_no_picture_is_refused_without_a_broken_image(stub: Stub) -> None:

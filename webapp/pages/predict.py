@@ -13,11 +13,14 @@ MIME = {"jpg": "image/jpeg", "jpeg": "image/jpeg", "png": "image/png", "webp": "
 
 
 def ask(client: Api, key: str, picture: bytes, content_type: str) -> Prediction | ApiError:
-    """The answer for one upload, asked once: Streamlit runs this page again at every click."""
+    """The answer for one upload, asked once: Streamlit runs this page again at every click.
+
+    Its explanation comes with it, so that showing it later makes no second prediction.
+    """
     if st.session_state.get("asked") != key:
         with st.spinner("Looking at the picture …"):
             try:
-                st.session_state["answer"] = client.predict(picture, content_type)
+                st.session_state["answer"] = client.predict(picture, content_type, explain=True)
             except ApiError as error:
                 st.session_state["answer"] = error
         st.session_state["asked"] = key
@@ -89,14 +92,22 @@ else:
     answer = ask(client, upload.file_id, picture, MIME.get(kind, upload.type))
     left, right = st.columns(2, gap="large")
     with left:
+        why = answer.explanation if isinstance(answer, Prediction) else None
+        marked = why is not None and st.session_state.get("why", False)
         try:
             # Drawn from the decoded picture, so that bytes that are none never reach the browser as one.
             st.image(
-                parts.upright(picture),
+                parts.upright(why.png_base64) if why and marked else parts.upright(picture),
                 caption=f"{upload.name} · {parts.size(len(picture))}",
                 width="stretch",
-                alt=f"The uploaded picture {upload.name}",
+                alt=f"The uploaded picture {upload.name}" + (f", what speaks for {why.of} marked" if marked else ""),
             )
+            if why is not None:
+                st.toggle(
+                    f"Mark what speaks for **{parts.plain(why.of)}**",
+                    key="why",
+                    help="The brighter a part of the picture, the more it speaks for this class.",
+                )
         except OSError:
             st.html('<div class="lw-noimage">This file cannot be shown as a picture.</div>')
     with right:

@@ -36,7 +36,7 @@ def render(
 
     shades = {name: COLOURS[n] if n < len(COLOURS) else OTHER_COLOUR for n, name in enumerate(facts.classes)}
     environment = Environment(
-        loader=PackageLoader("lawnwatch.quality", ""),
+        loader=PackageLoader("lawnwatch", ""),
         autoescape=True,  # URLs and labels are strangers' text
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -49,7 +49,7 @@ def render(
     # A plot holds numbers and our own words only, nothing of a stranger's that would need escaping.
     plots = [(title, Markup(plot), below) for title, plot, below in _plots(facts, settings)]  # noqa: S704
     return (
-        environment.get_template("page.html.j2")
+        environment.get_template("quality/page.html.j2")
         .render(
             result=result,
             failed=[check for check in result.checks if not check.passed],

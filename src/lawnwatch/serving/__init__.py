@@ -1,6 +1,9 @@
 """The API: one process, no TensorFlow, a verified model or an honest refusal.
 
-Read in this order: `app` (routes and life), `admission` (who gets in, before a body is read), `uploads` (the
-    picture in a body), `watcher` (which model serves), `predictor` (picture to answer), `problems`,
-    `metrics`, `server` (uvicorn with timeouts and a clean end).
+Read in this order: `app` (what it is made of, and its life), then what a request passes: `envelope` (id, headers,
+counting), `clients` (who asks, and may they), `intake` (which address takes which body), `admission` (who gets in,
+before a body is read), `routes` (the addresses), `uploads`, `tensors` and `fetching` (the pictures in a request),
+`answers` (from a picture to what the client is told). Behind them: `api` (what the routes share), `watcher` (which
+model serves), `predictor` (picture to answer), `problems`, `schemas`, `openapi`, `metrics`, `server` (uvicorn with
+timeouts and a clean end).
 """

@@ -2,8 +2,15 @@
 
 A request to a guarded path passes three doors. At its head: is there a model, is the process staying, is the
 declared length allowed, is there a place? While its body arrives: bytes, time and the memory of all bodies
-together are bounded. Then it waits for a thread. Places are `threads + queue`; one more is refused at once
-with 503 and Retry-After, which keeps the accepted ones fast.
+together are bounded. Then it waits for a thread.
+
+There are as many places as requests can be answered within `max_wait` seconds at the measured speed, and never more
+than `places`; one more is refused at once with 503 and Retry-After. A refused client comes back no sooner than in a
+second, so a wait of about that long serves it better than a refusal, and a longer one does not.
+
+When all places are taken, a client that has fewer of them than another by two gets in all the same: the one with most
+loses its newest (McKenney, "Stochastic fairness queueing", 1990). So one flood costs others nothing, and with
+`turns.FairPool` their pictures do not stand behind it either.
 
 A body that takes longer than a second to arrive gives its place back and stands in a separate, bounded line
 of slow senders, so that slow senders cannot take the service away from the others; it takes a place again
@@ -16,22 +23,27 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Executor, Future
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any, TypeVar
 
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lawnwatch.errors import LawnwatchError, NoModel, Overloaded, Unavailable
-from lawnwatch.serving import problems, uploads
+from lawnwatch.serving import problems
+from lawnwatch.serving.intake import Intake
 from lawnwatch.serving.metrics import Metrics
-from lawnwatch.serving.problems import BodyTooLarge, BodyTooSlow
+from lawnwatch.serving.problems import BodyTooLarge, BodyTooSlow, ClientGone
+from lawnwatch.serving.turns import current_client
 
 PATIENCE = 1.0  # seconds until a sender counts as slow
 SLOW_SENDERS = 64
 BODY_MEMORY = 256_000_000  # bytes of all bodies that are held at once
-MULTIPART_ROOM = 65_536  # bytes that a form may have around its picture
 SWALLOW_BYTES = 4_000_000  # of a refused body, for clients that close after the answer
 SWALLOW_SECONDS = 1.0
 
@@ -44,16 +56,13 @@ class Draining(Unavailable):
     code = "draining"
 
 
-class ClientGone(Exception):
-    """The client closed the connection; nobody waits for an answer."""
-
-
 @dataclass
 class Admission:
-    """The places, and what is known of how fast they become free.
+    """The places, who has them, and what is known of how fast they become free.
 
     Attributes:
-        places: requests that may be under way or waiting for a thread.
+        places: requests that may be under way or waiting for a thread, however fast they go.
+        max_wait: seconds that the last of those who wait may have before it.
         taken: places in use.
         slow: senders whose body takes its time.
         held: bytes of bodies in memory.
@@ -62,39 +71,61 @@ class Admission:
 
     threads: int
     places: int
+    max_wait: float = 2.0
     taken: int = 0
     slow: int = 0
     held: int = 0
     service_seconds: float = 0.02
     draining: bool = False
     metrics: Metrics = field(default_factory=Metrics)
+    _holders: dict[str, dict[Sender, None]] = field(default_factory=dict)  # each client's, oldest first
+
+    @property
+    def limit(self) -> int:
+        """Places at the measured speed."""
+        return min(self.places, self.threads + int(self.max_wait * self.threads / self.service_seconds))
 
     def refuse(self, reason: str, error: LawnwatchError) -> LawnwatchError:
         """Count a refusal and hand back its error."""
         self.metrics.refused.labels(reason).inc()
         return error
 
-    def enter(self) -> None:
+    def enter(self, sender: Sender | None = None) -> None:
         """Take a place. Raises Overloaded when there is none."""
-        if self.taken >= self.places:
+        limit = self.limit
+        if self.taken >= limit and not (sender is not None and self._push_out(sender.client)):
             wait = max(1, min(30, math.ceil(self.taken * self.service_seconds / self.threads)))
             raise self.refuse(
                 "queue_full",
                 Overloaded(
-                    f"All {self.places} places are taken.",
+                    f"All {limit} places are taken.",
                     hint=f"Try again in {wait} s; sending more at once makes no answer come sooner.",
                     retry_after=wait,
                 ),
             )
         self.taken += 1
+        if sender is not None:
+            self._holders.setdefault(sender.client, {})[sender] = None
 
-    def leave(self) -> None:
+    def leave(self, sender: Sender | None = None) -> None:
         """Give a place back."""
         self.taken -= 1
+        if sender is not None:
+            mine = self._holders[sender.client]
+            del mine[sender]
+            if not mine:
+                del self._holders[sender.client]
+
+    def _push_out(self, newcomer: str) -> bool:
+        """Take the newest place that has not begun from who has most; False when that is no more than the newcomer."""
+        most = max(self._holders.values(), key=len, default={})
+        if len(most) < len(self._holders.get(newcomer, {})) + 2:
+            return False
+        return any(sender.push_out() for sender in reversed(most))
 
     def worked(self, seconds: float) -> None:
         """Learn how long a thread worked on a request."""
-        self.service_seconds += 0.05 * (seconds - self.service_seconds)
+        self.service_seconds = max(1e-4, self.service_seconds + 0.05 * (seconds - self.service_seconds))
 
 
 class AdmissionMiddleware:
@@ -104,10 +135,11 @@ class AdmissionMiddleware:
     and `body_seconds`.
 
     Args:
-        guarded: paths whose POST bodies hold pictures.
+        intake: what the POST bodies of a path may be; None where they are not guarded.
         check: raises NoModel when nothing can be answered.
-        max_picture: largest picture, bytes.
         timeout: seconds for the whole request.
+        direct: routes by path that are called from here when a request has no query: they need nothing of what
+            routing does, which costs more than all that is done here.
     """
 
     def __init__(
@@ -115,24 +147,26 @@ class AdmissionMiddleware:
         app: ASGIApp,
         *,
         admission: Admission,
-        guarded: frozenset[str],
+        intake: Callable[[str], Intake | None],
         check: Callable[[], object],
-        max_picture: int,
         timeout: float,
+        direct: Mapping[str, Callable[[Request], Awaitable[Response]]],
     ) -> None:
         self._app = app
         self._admission = admission
-        self._guarded = guarded
+        self._intake = intake
         self._check = check
-        self._max_body = max_picture + MULTIPART_ROOM
-        self._max_picture = max_picture
         self._timeout = timeout
+        self._direct = direct
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in self._guarded:
+        guarded = scope["type"] == "http" and scope["method"] == "POST"
+        intake = self._intake(scope["path"]) if guarded else None
+        if intake is None:
             await self._app(scope, receive, send)
             return
-        sender = _Sender(self._admission)
+        state = scope.setdefault("state", {})
+        sender = Sender(self._admission, state.get("client") or _peer(scope))
         ended = False
 
         async def arriving() -> Message:
@@ -142,27 +176,34 @@ class AdmissionMiddleware:
             return message
 
         try:
-            self._at_the_head(scope)
+            self._at_the_head(scope, intake)
             sender.enter()
-            state = scope.setdefault("state", {})
             state["arrived"] = time.perf_counter()
             state["deadline"] = asyncio.get_running_loop().time() + self._timeout
-            state["body"] = await self._body(arriving, sender)
+            state["body"] = await self._body(arriving, sender, intake)
             sender.whole()
             state["body_seconds"] = time.perf_counter() - state["arrived"]
-            await self._app(scope, receive, send)
+            current_client.set(sender.client)
+            _current_sender.set(sender)
+            endpoint = self._direct.get(scope["path"]) if not scope["query_string"] else None
+            if endpoint is None:
+                await self._app(scope, receive, send)
+                return
+            response = await endpoint(Request(scope, receive))
         except LawnwatchError as error:
-            response = problems.of(error)
-            if _header(scope, b"expect"):
+            if error.status == HTTPStatus.INTERNAL_SERVER_ERROR:
+                raise  # told in a sentence and logged in full further out
+            response = problems.of(error, scope["path"])
+            if header(scope, b"expect"):
                 # The body was announced and never asked for: the connection has no clear next request.
                 response.headers["Connection"] = "close"
-            elif not ended and _header(scope, b"connection").lower() == "close":
-                await _swallow(receive)
-            await response(scope, receive, send)
+            elif not ended and header(scope, b"connection").lower() == "close":
+                await swallow(receive)
         finally:
             sender.leave()
+        await response(scope, receive, send)
 
-    def _at_the_head(self, scope: Scope) -> None:
+    def _at_the_head(self, scope: Scope, intake: Intake) -> None:
         if self._admission.draining:
             raise self._admission.refuse("draining", Draining("This server is ending.", hint="Try again."))
         try:
@@ -170,18 +211,18 @@ class AdmissionMiddleware:
         except NoModel as error:
             raise self._admission.refuse("no_model", error) from None
         try:
-            uploads.media_type(_header(scope, b"content-type"))
+            intake.check_media(header(scope, b"content-type"))
         except LawnwatchError as error:
             raise self._admission.refuse("media", error) from None
-        length = _header(scope, b"content-length")
-        if length.isascii() and length.isdigit() and (len(length) > 15 or int(length) > self._max_body):
-            raise self._too_large()
+        length = header(scope, b"content-length")
+        if length.isascii() and length.isdigit() and (len(length) > 15 or int(length) > intake.max_bytes):
+            raise self._too_large(intake)
 
-    async def _body(self, receive: Receive, sender: _Sender) -> bytes:
+    async def _body(self, receive: Receive, sender: Sender, intake: Intake) -> bytes:
         pieces: list[bytes] = []
         size = 0
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(self._timeout) as sender.clock:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -189,13 +230,15 @@ class AdmissionMiddleware:
                         raise ClientGone
                     piece = message.get("body", b"")
                     size += len(piece)
-                    if size > self._max_body:
-                        raise self._too_large()
+                    if size > intake.max_bytes:
+                        raise self._too_large(intake)
                     sender.hold(len(piece))
                     pieces.append(piece)
                     if not message.get("more_body", False):
                         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
         except TimeoutError:
+            if sender.pushed_out:
+                raise _pushed_out() from None
             raise self._admission.refuse(
                 "too_slow",
                 BodyTooSlow(
@@ -203,18 +246,20 @@ class AdmissionMiddleware:
                     hint="Send a smaller picture or use a faster connection.",
                 ),
             ) from None
+        finally:
+            sender.clock = None
 
-    def _too_large(self) -> LawnwatchError:
+    def _too_large(self, intake: Intake) -> LawnwatchError:
         return self._admission.refuse(
             "too_large",
             BodyTooLarge(
-                f"The body is larger than the {self._max_picture} bytes that a picture may have.",
+                f"The body is larger than {intake.what}.",
                 hint="Send a smaller file.",
             ),
         )
 
 
-async def _swallow(receive: Receive) -> None:
+async def swallow(receive: Receive) -> None:
     """Let a refused body arrive, within bounds, when its client wants the connection closed after the answer.
 
     A socket that is closed with unread bytes sends a reset, and a reset can overtake the refusal: the client would see
@@ -230,26 +275,37 @@ async def _swallow(receive: Receive) -> None:
                 left -= len(message.get("body", b""))
 
 
-class _Sender:
+class Sender:
     """One request's hold on places and memory."""
 
-    def __init__(self, admission: Admission) -> None:
+    def __init__(self, admission: Admission, client: str) -> None:
+        self.client = client
+        self.clock: asyncio.Timeout | None = None
+        self.pushed_out = False
         self._admission = admission
+        self._jobs: list[Future[Any]] = []
         self._held = 0
         self._placed = False
         self._slow = False
         self._timer: asyncio.TimerHandle | None = None
 
     def enter(self) -> None:
-        self._admission.enter()
-        self._placed = True
+        self._take()
         self._timer = asyncio.get_running_loop().call_later(PATIENCE, self._is_slow)
+
+    def _take(self) -> None:
+        self._admission.enter(self)
+        self._placed = True
+
+    def _give(self) -> None:
+        if self._placed:
+            self._admission.leave(self)
+        self._placed = False
 
     def _is_slow(self) -> None:
         # With the slow line full the sender keeps its place: then it is bounded by the request's time alone.
         if self._placed and self._admission.slow < SLOW_SENDERS:
-            self._admission.leave()
-            self._placed = False
+            self._give()
             self._slow = True
             self._admission.slow += 1
 
@@ -268,17 +324,44 @@ class _Sender:
         if self._slow:
             self._slow = False
             self._admission.slow -= 1
-            self._admission.enter()
-            self._placed = True
+            self._take()
+
+    def waits(self, job: Future[Any]) -> None:
+        """Its work is queued as this job."""
+        self._jobs.append(job)
+
+    def push_out(self) -> bool:
+        """Give the place to another and end with 503; False once its work has begun. A batch is not cut in pieces."""
+        if self._jobs:
+            self.pushed_out = len(self._jobs) == 1 and self._jobs[0].cancel()
+        elif self.clock is not None and not self.pushed_out:
+            self.pushed_out = True
+            self.clock.reschedule(asyncio.get_running_loop().time())
+        else:
+            return False
+        if self.pushed_out:
+            self._give()
+            self._admission.metrics.refused.labels("pushed_out").inc()
+        return self.pushed_out
 
     def leave(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        if self._placed:
-            self._admission.leave()
+        self._give()
         if self._slow:
             self._admission.slow -= 1
         self._admission.held -= self._held
+
+
+_current_sender: ContextVar[Sender | None] = ContextVar("_current_sender", default=None)
+
+
+def _pushed_out() -> Overloaded:
+    return Overloaded(
+        "All places are taken, and others have fewer of them.",
+        hint="Try again, with fewer requests at once.",
+        retry_after=1,
+    )
 
 
 async def in_thread(pool: Executor, receive: Receive, deadline: float, work: Callable[[], T]) -> T:
@@ -290,15 +373,20 @@ async def in_thread(pool: Executor, receive: Receive, deadline: float, work: Cal
 
     Raises:
         ClientGone: the client went away.
-        Overloaded: no thread became free before the deadline.
+        Overloaded: no thread became free before the deadline, or others needed the place more.
     """
     job = pool.submit(work)
+    sender = _current_sender.get()
+    if sender is not None:
+        sender.waits(job)
     done: asyncio.Future[T] = asyncio.wrap_future(job)
     gone = asyncio.ensure_future(_disconnected(receive))
     waited_for: set[asyncio.Future[Any]] = {done, gone}
     try:
         left = max(0.0, deadline - asyncio.get_running_loop().time())
         await asyncio.wait(waited_for, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        if done.cancelled():
+            raise _pushed_out()
         if done.done():
             return done.result()
         if not job.cancel():  # it is running: let it end, its thread is not free before that
@@ -319,8 +407,13 @@ async def _disconnected(receive: Callable[[], Awaitable[object]]) -> None:
             return
 
 
-def _header(scope: Scope, name: bytes) -> str:
+def header(scope: Scope, name: bytes) -> str:
+    """One header of a request, empty when it was not sent."""
     for key, value in scope["headers"]:
         if key == name:
             return bytes(value).decode("latin-1")
     return ""
+
+
+def _peer(scope: Scope) -> str:
+    return str(scope["client"][0]) if scope.get("client") else ""

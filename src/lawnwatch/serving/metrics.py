@@ -23,11 +23,23 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-STAGES = ("body", "queue", "decode", "infer")
-REFUSALS = ("queue_full", "no_model", "draining", "too_large", "too_slow", "memory", "media", "gone")
+STAGES = ("body", "fetch", "queue", "decode", "infer", "explain")
+REFUSALS = (
+    "queue_full",
+    "pushed_out",
+    "no_model",
+    "draining",
+    "too_large",
+    "too_slow",
+    "memory",
+    "media",
+    "gone",
+    "key",
+)
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _SHARES = tuple(step / 20 for step in range(1, 20))
+_PIXELS = (1e3, 1e4, 5e4, 1e5, 5e5, 1e6, 5e6, 1.2e7, 2.5e7, 5e7)
 _BYTES = (1e3, 5e3, 1e4, 5e4, 1e5, 5e5, 1e6, 5e6, 1e7, 2e7)
 
 
@@ -71,7 +83,10 @@ class Metrics:
             "lawnwatch_input_brightness_ratio", "Mean brightness of pictures.", buckets=_SHARES, registry=on
         )
         self.input_bytes = Histogram("lawnwatch_input_bytes", "Size of pictures.", buckets=_BYTES, registry=on)
-        self.model_rejections = Counter("lawnwatch_model_rejections", "Bundles refused at load.", registry=on)
+        self.input_pixels = Histogram("lawnwatch_input_pixels", "Pixels of pictures.", buckets=_PIXELS, registry=on)
+        self.batch_pictures = Histogram(
+            "lawnwatch_predict_batch_pictures", "Pictures of a batch.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=on
+        )
         for stage in STAGES:
             self.stage_seconds.labels(stage)
         for reason in REFUSALS:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lawnwatch import images
 from lawnwatch.bundle import (
@@ -24,6 +25,7 @@ from lawnwatch.bundle import (
 from lawnwatch.errors import IntegrityError
 
 UNKNOWN_LABEL = "unknown"
+PIXELS = "RGB8"  # the format of a picture that came decoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +34,23 @@ class Answer:
 
     Attributes:
         label: the likeliest class, or "unknown".
+        likeliest: the likeliest class, unknown or not.
         confidence: calibrated probability of the likeliest class, unknown or not.
         unknown_score: None when the bundle has no detector.
         embedding: little-endian float16 bytes of the embedding.
+        cam: (h, w) float32, where the picture speaks for the likeliest class; None when the graph does not tell.
         brightness, sharpness: of the decoded picture, see `images`.
         decode_seconds, infer_seconds: time spent.
     """
 
     label: str
+    likeliest: str
     confidence: float
     probabilities: dict[str, float]
     unknown_score: float | None
     image: images.ImageInfo
     embedding: bytes
+    cam: NDArray[np.float32] | None
     brightness: float
     sharpness: float
     decode_seconds: float
@@ -77,7 +83,7 @@ class Predictor:
         self._detector = UnknownDetector.of(bundle)
         model = bundle.bytes_of(MODEL)
         first = Graph(model, classes=len(self._classes))
-        self._size = first.size
+        self.size = first.size
         self._graphs: queue.SimpleQueue[Graph] = queue.SimpleQueue()
         self._graphs.put(first)
         self.golden = self._prove()
@@ -108,25 +114,39 @@ class Predictor:
             UnsupportedMedia, ImageTooLarge, ImageError: not a picture that can be used.
         """
         started = time.perf_counter()
-        info = images.inspect(data, max_pixels=self._max_pixels)
-        rgb = images.decode(data, size=self._size, max_pixels=self._max_pixels)
+        info, rgb = images.inspect_and_decode(data, size=self.size, max_pixels=self._max_pixels)
+        return self._judge(info, rgb, started)
+
+    def answer_pixels(self, rgb: images.Rgb) -> Answer:
+        """Answer for one picture that is decoded already.
+
+        Args:
+            rgb: (size, size, 3) uint8 RGB; whoever prepared it otherwise than `images.decode` gets other answers.
+        """
+        info = images.ImageInfo(PIXELS, rgb.shape[1], rgb.shape[0], rgb.nbytes)
+        return self._judge(info, rgb, time.perf_counter())
+
+    def _judge(self, info: images.ImageInfo, rgb: images.Rgb, started: float) -> Answer:
         decoded = time.perf_counter()
         with self._graph() as graph:
             outputs = graph(rgb)
             shares = probabilities(outputs.logits, self.manifest.temperature)
             score = self._detector.score(outputs) if self._detector is not None else None
         inferred = time.perf_counter()
+        brightness, sharpness = images.light_and_blur(rgb)
         best = int(shares.argmax())
         unknown = score is not None and self._detector is not None and score >= self._detector.spec.threshold
         return Answer(
             label=UNKNOWN_LABEL if unknown else self._classes[best],
+            likeliest=self._classes[best],
             confidence=float(shares[best]),
             probabilities={name: float(share) for name, share in zip(self._classes, shares, strict=True)},
             unknown_score=score,
             image=info,
             embedding=outputs.embedding.astype("<f2").tobytes(),
-            brightness=images.brightness(rgb),
-            sharpness=images.sharpness(rgb),
+            cam=None if outputs.cam is None else outputs.cam[..., best],
+            brightness=brightness,
+            sharpness=sharpness,
             decode_seconds=decoded - started,
             infer_seconds=inferred - decoded,
         )
@@ -140,7 +160,7 @@ class Predictor:
                 f"{report.worst} differs by {report.max_error:.4f}, {self.manifest.tolerance} is allowed.",
                 hint="Release the model again; the bundle before it goes on serving.",
             )
-        noise = np.random.default_rng(0).integers(0, 256, (self._size, self._size, 3), dtype=np.uint8)
+        noise = np.random.default_rng(0).integers(0, 256, (self.size, self.size, 3), dtype=np.uint8)
         with self._graph() as graph:
             if np.array_equal(graph(noise).logits, graph(np.zeros_like(noise)).logits):
                 raise IntegrityError(

@@ -31,6 +31,10 @@ class UploadError(InputError):
     status, code = 422, "bad_upload"
 
 
+class ClientGone(Exception):
+    """The client closed the connection; nobody waits for an answer."""
+
+
 class BodyTooLarge(InputError):
     """The body has more bytes than allowed; refused before it is read, or where it passes the limit."""
 
@@ -43,15 +47,53 @@ class BodyTooSlow(InputError):
     status, code = 408, "too_slow"
 
 
+class NotEnabled(InputError):
+    """The server's settings keep this off."""
+
+    status, code = 403, "not_enabled"
+
+
+class SourceFailed(InputError):
+    """The host of a URL did not give the picture."""
+
+    status, code = 502, "fetch_failed"
+
+
 class UnsupportedBody(InputError):
     """The Content-Type is none that /predict reads."""
 
     status, code = 415, "unsupported_media"
 
 
-def problem(status: int, code: str, detail: str, hint: str = "", *, headers: dict[str, str] | None = None) -> Response:
-    """A problem document as a response."""
-    document: dict[str, Any] = {
+def problem(
+    status: int, code: str, detail: str, hint: str = "", *, headers: dict[str, str] | None = None, path: str = ""
+) -> Response:
+    """A problem document as a response; below /v2 it also has the `error` that the Open Inference Protocol wants."""
+    document = _document(status, code, detail, hint)
+    if path.startswith("/v2"):
+        document["error"] = detail
+    return Response(json.dumps(document, ensure_ascii=False).encode(), status, headers=headers, media_type=MEDIA_TYPE)
+
+
+def of(error: LawnwatchError, path: str = "") -> Response:
+    """The response to an error that was raised on purpose, at a path."""
+    headers = {}
+    if isinstance(error, Overloaded):
+        headers["Retry-After"] = str(error.retry_after)
+    elif error.status == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers["Retry-After"] = "2"
+    elif error.status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = 'Bearer realm="lawnwatch"'
+    return problem(error.status, error.code, error.message, error.hint, headers=headers, path=path)
+
+
+def within(error: LawnwatchError) -> dict[str, Any]:
+    """The problem of one picture among many, as a member of the answer."""
+    return _document(error.status, error.code, error.message, error.hint)
+
+
+def _document(status: int, code: str, detail: str, hint: str) -> dict[str, Any]:
+    return {
         "type": "about:blank",
         "title": _phrase(status),
         "status": status,
@@ -59,17 +101,6 @@ def problem(status: int, code: str, detail: str, hint: str = "", *, headers: dic
         "code": code,
         "hint": hint,
     }
-    return Response(json.dumps(document, ensure_ascii=False).encode(), status, headers=headers, media_type=MEDIA_TYPE)
-
-
-def of(error: LawnwatchError) -> Response:
-    """The response to an error that was raised on purpose."""
-    headers = {}
-    if isinstance(error, Overloaded):
-        headers["Retry-After"] = str(error.retry_after)
-    elif error.status == HTTPStatus.SERVICE_UNAVAILABLE:
-        headers["Retry-After"] = "2"
-    return problem(error.status, error.code, error.message, error.hint, headers=headers)
 
 
 def _phrase(status: int) -> str:

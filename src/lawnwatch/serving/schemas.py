@@ -7,6 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lawnwatch.serving.problems import Problem
+
 
 class _Answer(BaseModel):
     model_config = ConfigDict(protected_namespaces=())
@@ -37,6 +39,16 @@ class Timings(_Answer):
     total: float = Field(examples=[7.1], description="From the request's head to the answer, waiting included.")
 
 
+class Explanation(_Answer):
+    """What in the picture speaks for a class: its class activation map."""
+
+    of: str = Field(alias="class", examples=["dandelion"], description="The likeliest class, whatever the label.")
+    png_base64: str = Field(
+        examples=["iVBORw0KGgo…"],
+        description="The picture, upright and at most 320 pixels wide and high, with the map over it: a PNG in base64.",
+    )
+
+
 class PredictionAnswer(_Answer):
     """The answer to a picture."""
 
@@ -50,6 +62,55 @@ class PredictionAnswer(_Answer):
     model: ModelName
     image: ImageFacts
     timings_ms: Timings
+    explanation: Explanation | None = Field(
+        None, description="With `?explain=true`; null when the model does not tell. Otherwise not there."
+    )
+
+
+class PictureUrl(BaseModel):
+    """Where a picture is."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    url: str = Field(
+        min_length=1, max_length=2048, examples=["https://example.org/lawn.jpg"], description="http or https."
+    )
+
+
+class BatchPrediction(_Answer):
+    """The answer to one picture of a batch."""
+
+    prediction_id: str
+    label: str
+    confidence: float
+    probabilities: dict[str, float]
+    unknown_score: float | None
+    image: ImageFacts
+    timings_ms: Timings
+
+
+class BatchItem(_Answer):
+    """One picture of a batch: its answer or its problem, the other is null."""
+
+    index: int = Field(examples=[0], description="The picture's place in the form, from 0.")
+    prediction: BatchPrediction | None
+    problem: Problem | None
+
+
+class BatchTimings(_Answer):
+    """Milliseconds."""
+
+    total: float = Field(examples=[31.4])
+
+
+class BatchAnswer(_Answer):
+    """The answers to a batch, in the order of its pictures."""
+
+    items: list[BatchItem]
+    answered: int = Field(examples=[2])
+    failed: int = Field(examples=[0])
+    model: ModelName
+    timings_ms: BatchTimings
 
 
 class Health(_Answer):
@@ -116,6 +177,7 @@ class PredictionItem(_Answer):
     unknown_score: float | None
     model_version: int
     model_sha256: str
+    client: str | None = Field(description="Id of the API key that asked; null when none was needed.")
     brightness: float | None
     sharpness: float | None
     image: ImageFacts
@@ -127,3 +189,94 @@ class PredictionList(_Answer):
 
     items: list[PredictionItem]
     next: str | None = Field(description="`before` of the next page; null at the end.")
+
+
+class V2Server(_Answer):
+    """The server, as the Open Inference Protocol describes it."""
+
+    name: str = Field(examples=["lawnwatch"])
+    version: str
+    extensions: list[str]
+
+
+class V2Live(_Answer):
+    """The process is alive."""
+
+    live: bool
+
+
+class V2Ready(_Answer):
+    """A verified model is loaded."""
+
+    ready: bool
+
+
+class V2ModelReady(_Answer):
+    """The model is loaded."""
+
+    name: str
+    ready: bool
+
+
+class V2Tensor(_Answer):
+    """What a tensor is."""
+
+    name: str = Field(examples=["file"])
+    datatype: str = Field(examples=["BYTES"])
+    shape: list[int] = Field(examples=[[-1]], description="-1 where the number of pictures stands.")
+
+
+class V2Model(_Answer):
+    """What a model takes and gives."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[V2Tensor]
+    outputs: list[V2Tensor]
+    parameters: dict[str, Any]
+
+
+class V2Input(_Answer):
+    """A tensor that is sent; its data is raw behind the JSON when `parameters.binary_data_size` says so."""
+
+    name: str = Field(examples=["file"])
+    datatype: str = Field(examples=["BYTES"])
+    shape: list[int] = Field(examples=[[1]])
+    data: list[Any] = Field([], examples=[["/9j/4AAQSkZJRg…"]])
+    parameters: dict[str, Any] = {}
+
+
+class V2Wanted(_Answer):
+    """An output that is wanted."""
+
+    name: str = Field(examples=["label"])
+    parameters: dict[str, Any] = {}
+
+
+class V2Request(_Answer):
+    """An inference request."""
+
+    id: str = ""
+    inputs: list[V2Input] = Field(min_length=1, max_length=1)
+    outputs: list[V2Wanted] = Field([], description="Empty: label, confidence, probabilities and unknown_score.")
+    parameters: dict[str, Any] = {}
+
+
+class V2Output(_Answer):
+    """A tensor of the answer."""
+
+    name: str = Field(examples=["label"])
+    datatype: str = Field(examples=["BYTES"])
+    shape: list[int] = Field(examples=[[1]])
+    data: list[Any] | None = Field(None, examples=[["dandelion"]])
+    parameters: dict[str, Any] | None = None
+
+
+class V2Answer(_Answer):
+    """The answer to an inference request."""
+
+    model_name: str
+    model_version: str
+    id: str | None = None
+    outputs: list[V2Output]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
+import gc
 import socket
 import time
 from collections.abc import Callable
@@ -13,13 +15,22 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from lawnwatch import log
+from lawnwatch.config import Settings
 from lawnwatch.errors import SettingsError
 from lawnwatch.serving import problems
+from lawnwatch.serving.watcher import ModelWatcher
+from lawnwatch.store import open_store
+
+logger = log.get(__name__)
 
 HEAD_SECONDS = 10.0  # from a connection, or a request's first byte, to the end of its headers
 LINGER_SECONDS = 3.0  # an answered request may go on sending for so long before the connection is cut
 KEEP_ALIVE_SECONDS = 30
 MAX_HEAD_BYTES = 65_536
+# glibc's mallopt: one heap for all threads, and what is larger than a small photo goes back to the system at once.
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
+LARGE_BYTES = 1 << 20
 
 
 class TimedProtocol(HttpToolsProtocol):
@@ -109,6 +120,12 @@ class Server(uvicorn.Server):
             self._ends_at = time.monotonic()
             self.force_exit = True
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """What was made until now lives as long as the process: the collector need not look at it again."""
+        await super().startup(sockets)
+        gc.collect()
+        gc.freeze()
+
     async def on_tick(self, counter: int) -> bool:
         """Called every 0.1 s; True ends the main loop."""
         if self._ends_at is not None and time.monotonic() >= self._ends_at:
@@ -154,3 +171,33 @@ def config(app: Any, *, graceful_seconds: float) -> uvicorn.Config:
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=max(1, round(graceful_seconds)),
     )
+
+
+def run(settings: Settings) -> None:
+    """Serve until a signal ends it: not ready, drain, flush the records, return.
+
+    Raises:
+        SettingsError: the address cannot be listened on.
+    """
+    _spare_memory()
+    serving = settings.serving
+    sock = listen(serving.host, serving.port)
+    watcher = ModelWatcher(settings, lambda: open_store(settings))
+    watcher.start()  # the model is read and proven while the web framework is imported
+    from lawnwatch.serving.app import create_app
+
+    app = create_app(settings, watcher)
+    logger.info("serving", address=f"http://{serving.host}:{sock.getsockname()[1]}")
+    Server(
+        config(app, graceful_seconds=serving.request_timeout),
+        drain_seconds=serving.drain_seconds,
+        on_drain=app.state.api.drain,
+    ).run([sock])
+
+
+def _spare_memory() -> None:
+    """A heap for each thread and heaps that never shrink cost a third of the process; elsewhere than glibc: nothing."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_ARENA_MAX, 1)
+        mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)

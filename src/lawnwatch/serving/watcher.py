@@ -1,8 +1,8 @@
 """Which model serves: follows the release target, proves a new bundle beside the old one, then switches.
 
 A bundle that cannot be proven is rejected and the old one goes on. While the store is down nothing changes.
-At start with the store down, the bundle that was verified last on this machine is read from the cache and
-proven again.
+At start with the store down, or silent for a moment, the bundle that was verified last on this machine is read
+from the cache and proven again.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from lawnwatch.store import ObjectStore
 
 logger = log.get(__name__)
 
+STORE_PATIENCE = 0.5  # at the start: a store answers within milliseconds, or within its time-outs of a minute
 RETRY_REJECTED_SECONDS = 30.0  # a bundle that was refused may have been published anew under the same name
 
 
@@ -54,34 +55,34 @@ class ModelWatcher:
     lives until its last answer is out.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        open_store: Callable[[], ObjectStore],
-        *,
-        on_rejected: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, settings: Settings, open_store: Callable[[], ObjectStore]) -> None:
         self._settings = settings
         self._open_store = open_store
         self._store: ObjectStore | None = None
-        self._on_rejected = on_rejected
         self._cache = settings.home / "cache" / "bundles"
         self._last_good = settings.home / "cache" / "serving.json"
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="model-watcher", daemon=True)
+        self._impatience = threading.Timer(STORE_PATIENCE, self._start_without_store)
+        self._impatience.daemon = True
+        self._loading = threading.Lock()
         self.current: Loaded | None = None
         self.target: TargetEntry | None = None
         self.rejected: Rejection | None = None
+        self.rejections = 0
         self.reason = "the model is being loaded"
         self.store_reachable = False
 
     def start(self) -> None:
-        """Begin to follow the target."""
-        self._thread.start()
+        """Begin to follow the target; more than once is once."""
+        if self._thread.ident is None:
+            self._thread.start()
+            self._impatience.start()
 
     def stop(self) -> None:
         """Stop following; the current model stays."""
         self._stop.set()
+        self._impatience.cancel()
         if self._thread.is_alive():
             self._thread.join(5.0)
 
@@ -142,7 +143,8 @@ class ModelWatcher:
             self.reason = _refusal(refused.reason)
             return
         try:
-            self._load(store, entry.sha256, entry.model_version)
+            with self._loading:
+                self._load(store, entry.sha256, entry.model_version)
         except Unavailable as error:
             self._store_is_down(error)
         except LawnwatchError as error:  # altered, missing, not proven, a golden picture that cannot be decoded …
@@ -170,7 +172,7 @@ class ModelWatcher:
     def _reject(self, sha256: str, error: LawnwatchError) -> None:
         if self.rejected is None or self.rejected.sha256 != sha256:
             logger.error("bundle rejected", sha256=sha256, reason=error.message)
-            self._on_rejected()
+            self.rejections += 1
         self.rejected = Rejection(sha256, error.message, time.monotonic())
         self.reason = _refusal(error.message)
 
@@ -178,8 +180,16 @@ class ModelWatcher:
         self.store_reachable = False
         reason = f"the object store does not answer ({error.message.rstrip('.')})"
         self._say(reason)
-        if self.current is None and self._load_last_good():
-            self.reason = f"{reason}; the model is the one that served last"
+        self._do_without(reason)
+
+    def _start_without_store(self) -> None:
+        if not self.store_reachable:
+            self._do_without("the object store has not answered yet")
+
+    def _do_without(self, reason: str) -> None:
+        with self._loading:
+            if self.current is None and self._load_last_good():
+                self.reason = f"{reason}; the model is the one that served last"
 
     def _load_last_good(self) -> bool:
         """Serve the bundle this machine served last, from the cache, verified and proven again."""

@@ -1,0 +1,160 @@
+"""What does the picture show? One picture, many of them, or one by its URL."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request
+from fastapi.responses import JSONResponse, Response
+
+from lawnwatch.errors import LawnwatchError
+from lawnwatch.serving import answers, openapi, problems, schemas, uploads
+from lawnwatch.serving.answers import Answered
+from lawnwatch.serving.api import Api, named
+from lawnwatch.serving.fetching import PictureFetcher
+from lawnwatch.serving.turns import current_client
+
+Explain = Annotated[
+    bool,
+    Query(
+        description="Add `explanation`: the picture with what speaks for the likeliest class marked, a PNG in base64."
+    ),
+]
+
+
+def add(app: FastAPI, api: Api) -> None:
+    serving = api.settings.serving
+    fetcher = PictureFetcher(api.settings)
+
+    @app.post(
+        "/predict",
+        summary="What does the picture show?",
+        description="One JPEG, PNG or WebP picture, as the form field `file` or as the body itself.\n\n"
+        "```\ncurl -F file=@photo.jpg http://localhost:8000/predict\n```",
+        response_model=schemas.PredictionAnswer,
+        responses=openapi.failures(408, 413, 415, 422, 503),
+        openapi_extra=openapi.form(
+            {"type": "string", "format": "binary", "description": "A JPEG, PNG or WebP picture."},
+            image_jpeg=openapi.BINARY,
+            image_png=openapi.BINARY,
+            image_webp=openapi.BINARY,
+        ),
+        tags=["predict"],
+    )
+    async def predict(request: Request, explain: Explain = False) -> Response:
+        state = request.scope["state"]
+        picture = uploads.picture(request.headers.get("content-type", ""), state["body"])
+        _check_size(picture, serving.max_upload_bytes)
+        body = {"body": state["body_seconds"]}
+        return _said(api, body, await answers.of_picture(api, request, api.admissible(), picture, explain=explain))
+
+    api.direct["/predict"] = predict
+
+    @app.post(
+        "/predict/batch",
+        summary="What do the pictures show?",
+        description=f"A form with up to {serving.max_batch_pictures} pictures, each a field `file`. One model answers "
+        "for all; each picture has its own answer, or the problem it would have had alone.\n\n"
+        "```\ncurl -F file=@one.jpg -F file=@two.jpg http://localhost:8000/predict/batch\n```",
+        response_model=schemas.BatchAnswer,
+        responses=openapi.failures(408, 413, 415, 422, 503),
+        openapi_extra=openapi.form(
+            {
+                "type": "array",
+                "items": {"type": "string", "format": "binary"},
+                "minItems": 1,
+                "maxItems": serving.max_batch_pictures,
+            }
+        ),
+        tags=["predict"],
+    )
+    async def predict_batch(request: Request) -> Response:
+        state = request.scope["state"]
+        content_type = request.headers.get("content-type", "")
+        pictures = uploads.pictures(content_type, state["body"], most=serving.max_batch_pictures)
+        model = api.admissible()
+        api.metrics.batch_pictures.observe(len(pictures))
+
+        async def one(picture: bytes) -> Answered:
+            _check_size(picture, serving.max_upload_bytes)
+            return await answers.of_picture(api, request, model, picture)
+
+        found = await answers.of_each(api, pictures, one)
+        items = [_item(place, each) for place, each in enumerate(found)]
+        answered = sum(item["problem"] is None for item in items)
+        total = time.perf_counter() - state["arrived"]
+        return JSONResponse(
+            {
+                "items": items,
+                "answered": answered,
+                "failed": len(items) - answered,
+                "model": named(model),
+                "timings_ms": {"total": round(total * 1000, 3)},
+            },
+            headers={"Server-Timing": f"total;dur={total * 1000:.3f}"},
+        )
+
+    @app.post(
+        "/predict/url",
+        summary="What does the picture at a URL show?",
+        description="The server fetches the picture itself, from the hosts that its settings allow; without such a "
+        "list this is off. Addresses that are not public are never reached, on no redirect.\n\n"
+        "```\ncurl -H 'Content-Type: application/json' -d '{\"url\": \"https://example.org/lawn.jpg\"}' "
+        "http://localhost:8000/predict/url\n```",
+        response_model=schemas.PredictionAnswer,
+        responses=openapi.failures(400, 403, 408, 413, 415, 422, 502, 503),
+        openapi_extra=openapi.json_body(schemas.PictureUrl),
+        tags=["predict"],
+    )
+    async def predict_url(request: Request, explain: Explain = False) -> Response:
+        state = request.scope["state"]
+        current_client.set(state["client"])  # admission, which sets it elsewhere, does not see this body
+        state["arrived"] = time.perf_counter()
+        state["deadline"] = asyncio.get_running_loop().time() + serving.request_timeout
+        api.welcome()
+        source = await uploads.small_json(request, schemas.PictureUrl)
+        picture = await fetcher.fetch(source.url)
+        fetch = {"fetch": time.perf_counter() - state["arrived"]}
+        with _place(api):
+            answered = await answers.of_picture(api, request, api.admissible(), picture, explain=explain)
+        return _said(api, fetch, answered)
+
+
+@contextmanager
+def _place(api: Api) -> Iterator[None]:
+    """A place, as admission gives one to a body: taken only now, so that a slow host keeps none from others."""
+    api.admission.enter()
+    try:
+        yield
+    finally:
+        api.admission.leave()
+
+
+def _said(api: Api, before: dict[str, float], answered: Answered) -> Response:
+    """The response to one picture.
+
+    Args:
+        before: stages that passed before the picture was there, seconds.
+    """
+    for stage, seconds in before.items():
+        api.metrics.stage_seconds.labels(stage).observe(seconds)
+    earlier = "".join(f"{name};dur={seconds * 1000:.3f}, " for name, seconds in before.items())
+    return JSONResponse(answered.document, headers={"Server-Timing": earlier + answered.server_timing()})
+
+
+def _item(place: int, each: Answered | LawnwatchError) -> dict[str, Any]:
+    if isinstance(each, LawnwatchError):
+        return {"index": place, "prediction": None, "problem": problems.within(each)}
+    document = {name: value for name, value in each.document.items() if name != "model"}
+    return {"index": place, "prediction": document, "problem": None}
+
+
+def _check_size(picture: bytes, most: int) -> None:
+    if len(picture) > most:
+        raise problems.BodyTooLarge(
+            f"The picture has {len(picture)} bytes; {most} are the most.", hint="Send a smaller file."
+        )

@@ -1,0 +1,59 @@
+"""The reports that steps keep for people: pages of the store, shown as they are."""
+
+from __future__ import annotations
+
+import re
+
+import sqlalchemy as sa
+from fastapi import FastAPI
+from fastapi.responses import HTMLResponse, Response
+
+from lawnwatch.catalog import QualityReport
+from lawnwatch.errors import NotFound
+from lawnwatch.serving import openapi
+from lawnwatch.serving.api import Api
+
+ID = re.compile(r"[0-9a-f]{32}")
+
+
+def add(app: FastAPI, api: Api) -> None:
+    @app.get(
+        "/reports/quality/{report}",
+        summary="A quality report of the stored images",
+        description="The page that `lawnwatch data quality` kept, by its id; `latest` is the newest.",
+        response_class=HTMLResponse,
+        responses=openapi.failures(404, 503),
+        tags=["reports"],
+    )
+    def quality_report(report: str) -> Response:
+        query = sa.select(QualityReport.object_key).order_by(QualityReport.created_at.desc()).limit(1)
+        if report != "latest":
+            query = query.where(QualityReport.id == report)
+        key = None
+        if report == "latest" or ID.fullmatch(report):
+            with api.catalog.session() as session:
+                key = session.scalar(query)
+        if key is None:
+            raise NotFound(
+                "There is no quality report yet." if report == "latest" else "There is no such quality report.",
+                hint="`lawnwatch data quality` makes one.",
+            )
+        return HTMLResponse(api.store.get(key))
+
+    @app.get(
+        "/reports/evaluation/{run}",
+        summary="The evaluation of a training run",
+        description="The page that `lawnwatch evaluate` kept for a run, by the run's id. A run that is judged again "
+        "has a new page at the same address, so nothing keeps a copy.",
+        response_class=HTMLResponse,
+        responses=openapi.failures(404, 503),
+        tags=["reports"],
+    )
+    def evaluation_report(run: str) -> Response:
+        missing = NotFound("There is no evaluation report of such a run.", hint="`lawnwatch evaluate` makes one.")
+        if not ID.fullmatch(run):
+            raise missing
+        try:
+            return HTMLResponse(api.store.get(f"reports/evaluation/{run}.html"))
+        except NotFound:
+            raise missing from None

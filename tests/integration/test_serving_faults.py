@@ -1,0 +1,157 @@
+"""The API under attack and with its servers silent, through real sockets. Numbers are rows of the fault catalogue."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import serving_bundle as sb
+from api_process import Api, form, problem, wait_for
+
+pytestmark = pytest.mark.integration
+
+
+@contextlib.contextmanager
+def silent_server() -> Iterator[int]:
+    """A port that takes connections and never says a word; what a host that hangs looks like."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+        yield int(listener.getsockname()[1])
+
+
+def posted(api: Api, data: bytes, source: str) -> int:
+    """The status of one POST /predict from this address of the loopback network."""
+    kind, body = form([("file", "photo.jpg", data)])
+    head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", api.port), timeout=60, source_address=(source, 0)) as sock:
+        sock.sendall(head.encode() + body)
+        return int(sock.recv(65536).split(b" ")[1])
+
+
+def test_12_a_flood_from_one_client_does_not_starve_another(start: Callable[..., Api]) -> None:
+    api = start(LAWNWATCH_SERVING__THREADS="1", LAWNWATCH_SERVING__QUEUE="6")
+    large, small = sb.picture(sb.YELLOW, size=(4000, 3000)), sb.picture(sb.YELLOW)
+    stop, flood = threading.Event(), []
+
+    def attack() -> None:
+        while not stop.is_set():
+            flood.append(posted(api, large, "127.0.0.2"))
+
+    attackers = [threading.Thread(target=attack) for _ in range(16)]
+    for attacker in attackers:
+        attacker.start()
+    try:
+        wait_for(lambda: 503 in flood, 30)
+        guest = [posted(api, small, "127.0.0.3") for _ in range(8)]
+    finally:
+        stop.set()
+        for attacker in attackers:
+            attacker.join()
+    assert guest == [200] * 8
+    assert set(flood) == {200, 503}
+    assert api.metric('lawnwatch_predict_refused_total{reason="pushed_out"}') > 0
+
+
+def test_10_half_open_and_idle_connections_take_nothing_from_others(start: Callable[..., Api]) -> None:
+    api = start(LAWNWATCH_SERVING__QUEUE="2")
+    with contextlib.ExitStack() as held:
+        for number in range(300):
+            sock = held.enter_context(socket.create_connection(("127.0.0.1", api.port), timeout=20))
+            if number % 2:
+                sock.sendall(b"POST /predict HTTP/1.1\r\nHo")
+        assert [api.predict(sb.picture(sb.YELLOW)).status for _ in range(3)] == [200] * 3
+        assert api.metric("lawnwatch_places_taken") == 0
+        # They are cut 10 s after they were opened, with or without a first byte.
+        with contextlib.suppress(ConnectionResetError):
+            assert sock.recv(100) == b""
+
+
+def test_31_a_store_that_hangs_at_the_start_is_not_waited_for(start: Callable[..., Api]) -> None:
+    first = start()
+    sha256 = first.get("/model/info").json["model"]["sha256"]
+    assert first.stop() == 0
+    with silent_server() as port:
+        begun = time.monotonic()
+        api = start(
+            bundle=False,
+            home=first.home,
+            LAWNWATCH_STORE_URL="s3://bucket",
+            LAWNWATCH_STORE_ENDPOINT=f"http://127.0.0.1:{port}",
+            LAWNWATCH_STORE_ACCESS_KEY="someone",
+            LAWNWATCH_STORE_SECRET_KEY="a-secret-of-our-own",
+        )
+        # One request to such a store ends after three tries of 15 s each.
+        assert time.monotonic() - begun < 30
+        assert api.predict(sb.picture(sb.YELLOW)).json["model"]["sha256"] == sha256
+        info = api.get("/model/info").json
+        assert "has not answered" in info["reason"] and info["state"] == "ready"
+        assert api.metric("lawnwatch_store_up") == 0
+        assert "a-secret-of-our-own" not in api.log_text() + str(info)
+
+
+def test_28_a_database_that_hangs_stops_neither_start_nor_answers_nor_the_end(start: Callable[..., Api]) -> None:
+    with silent_server() as port:
+        api = start(LAWNWATCH_DATABASE_URL=f"mysql+pymysql://someone:of-our-own@127.0.0.1:{port}/nothing")
+        assert [api.predict(sb.picture(sb.YELLOW)).status for _ in range(3)] == [200] * 3
+        assert api.get("/ready").status == 200
+        begun = time.monotonic()
+        assert api.stop() == 0
+        assert time.monotonic() - begun < 25
+        assert "of-our-own" not in api.log_text()
+
+
+def test_44_a_slow_sender_does_not_keep_the_process_from_ending(start: Callable[..., Api]) -> None:
+    api = start(LAWNWATCH_SERVING__REQUEST_TIMEOUT="3")
+    with socket.create_connection(("127.0.0.1", api.port), timeout=20) as sock:
+        sock.sendall(
+            b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: 5000\r\n\r\n\xff\xd8"
+        )
+        wait_for(lambda: api.metric("lawnwatch_places_taken") + api.metric("lawnwatch_slow_senders") == 1)
+        begun = time.monotonic()
+        assert api.stop() == 0
+        assert time.monotonic() - begun < 15
+
+
+def test_46_many_of_the_largest_pictures_at_once_stay_within_bounded_memory(start: Callable[..., Api]) -> None:
+    api = start()
+    data = sb.picture(sb.YELLOW, size=(4000, 3000), quality=95)
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda _: api.predict(data).status, range(48)))
+    assert set(answers) <= {200, 503} and 200 in answers
+    wait_for(lambda: api.metric("lawnwatch_body_held_bytes") == 0)
+    assert api.metric("process_resident_memory_bytes") < 400_000_000
+
+
+def test_48_no_secret_is_said_anywhere(start: Callable[..., Api]) -> None:
+    canary = "canary-5b1f0c"
+    with socket.socket() as closed:  # bound and never listening
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+        api = start(
+            bundle=False,
+            LAWNWATCH_DATABASE_URL=f"mysql+pymysql://someone:{canary}@127.0.0.1:{port}/nothing",
+            LAWNWATCH_STORE_URL="s3://bucket",
+            LAWNWATCH_STORE_ENDPOINT=f"http://127.0.0.1:{port}",
+            LAWNWATCH_STORE_ACCESS_KEY="someone",
+            LAWNWATCH_STORE_SECRET_KEY=canary,
+        )
+        problem(api.predict(sb.picture(sb.YELLOW)), 503, "no_model")
+        wait_for(lambda: "store" in api.get("/model/info").json["reason"], 60)
+        paths = (
+            "/health",
+            "/ready",
+            "/metrics",
+            "/model/info",
+            "/predictions",
+            "/openapi.json",
+            "/reports/quality/latest",
+        )
+        said = b"".join(api.get(path).body for path in paths)
+        assert api.stop() == 0
+    assert canary.encode() not in said
+    assert canary not in api.log_text() and str(api.home) not in said.decode()
