@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from prometheus_client import CollectorRegistry, start_http_server
@@ -44,6 +44,8 @@ MYSQL_COUNTERS = {
     "Innodb_row_lock_waits": ("mysql_global_status_innodb_row_lock_waits", "Waits for a row's lock."),
 }
 SECONDS = 5.0
+
+Key = TypeVar("Key", bound=tuple[str, ...])
 
 
 class Exporter(Collector):
@@ -173,7 +175,7 @@ def _one_of(name: str, text: str, values: tuple[str, ...], current: str | None) 
     return _gauge(name, text, {(value,): float(value == current) for value in values}, ["state"])
 
 
-def _gauge(name: str, text: str, values: dict[tuple[str, ...], float], labels: list[str] | None = None) -> Metric:
+def _gauge(name: str, text: str, values: Mapping[Key, float], labels: list[str] | None = None) -> Metric:
     family = GaugeMetricFamily(name, text, labels=labels or [])
     for key, value in values.items():
         family.add_metric(list(key), value)
