@@ -24,11 +24,12 @@ LABEL org.opencontainers.image.title="lawnwatch-webapp" \
       org.opencontainers.image.version="$VERSION" \
       org.opencontainers.image.revision="$COMMIT"
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp \
-    STREAMLIT_SERVER_HEADLESS=true STREAMLIT_BROWSER_GATHER_USAGE_STATS=false STREAMLIT_SERVER_FILE_WATCHER_TYPE=none
+    STREAMLIT_SERVER_HEADLESS=true STREAMLIT_BROWSER_GATHER_USAGE_STATS=false STREAMLIT_SERVER_FILE_WATCHER_TYPE=none \
+    LAWNWATCH_WEBAPP_METRICS_HOST=0.0.0.0
 WORKDIR /opt/lawnwatch/webapp
 USER 10001:10001
-EXPOSE 8501
+EXPOSE 8501 9106
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s \
   CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8501/_stcore/health', timeout=4)"]
-ENTRYPOINT ["streamlit", "run", "app.py"]
+ENTRYPOINT ["python", "serve.py"]
 CMD ["--server.port=8501", "--server.address=0.0.0.0"]
