@@ -102,6 +102,10 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 images: ## build the five container images, each with its SBOM in dist/; IMAGES="api webapp" builds some, PIP_INDEX_URL names an index
 	@docker/build $(VERSION) $(IMAGES)
 
+.PHONY: manifests
+manifests: ## k8s/ and the chart's README, from the chart (needs helm)
+	@python3 infra/render_chart.py
+
 .PHONY: secrets
 secrets: ## passwords for `docker compose up`, written into .env once
 	@python3 infra/make_secrets.py

@@ -1,5 +1,6 @@
 """Make what the platform needs on an empty MySQL and an empty object store; running it again changes nothing.
 
+    python bootstrap_servers.py secrets      # the Secrets that a Kubernetes namespace is missing
     python bootstrap_servers.py databases    # three databases, each with a user of its own
     python bootstrap_servers.py buckets      # three buckets, each with a key of its own (MinIO)
     python bootstrap_servers.py wait         # until Airflow's database has been made and migrated once
@@ -9,7 +10,10 @@ They read their addresses and passwords from the environment, and set the passwo
 
 from __future__ import annotations
 
+import base64
+import json
 import os
+import secrets as randomness
 import sys
 import time
 from collections.abc import Callable
@@ -22,11 +26,47 @@ BUCKETS = {"lawnwatch": "LAWNWATCH", "airflow-logs": "AIRFLOW", "mlflow": "MLFLO
 
 
 def main() -> None:
-    jobs: dict[str, Callable[[], None]] = {"databases": databases, "buckets": buckets, "wait": wait}
+    jobs: dict[str, Callable[[], None]] = {
+        "secrets": secrets,
+        "databases": databases,
+        "buckets": buckets,
+        "wait": wait,
+    }
     if len(sys.argv) < 2 or not set(sys.argv[1:]) <= jobs.keys():
         sys.exit(__doc__)
     for name in sys.argv[1:]:
         jobs[name]()
+
+
+def secrets() -> None:
+    """NAMESPACE, and SECRETS: a JSON object of names with their keys. A password that is there stays."""
+    import kubernetes.config
+    from kubernetes import client
+
+    kubernetes.config.load_config()
+    api, namespace = client.CoreV1Api(), os.environ["NAMESPACE"]
+    for name, keys in json.loads(os.environ["SECRETS"]).items():
+        metadata = {"name": name, "labels": {"app.kubernetes.io/part-of": "lawnwatch"}}
+        try:
+            api.create_namespaced_secret(namespace, {"metadata": metadata, "stringData": _new(keys)})
+            print(f"Secret {name} was made")
+        except client.ApiException as error:
+            if error.status != 409:
+                raise
+            there = api.read_namespaced_secret(name, namespace).data or {}
+            missing = [key for key in keys if key not in there]
+            if missing:
+                api.patch_namespaced_secret(name, namespace, {"stringData": _new(missing)})
+            print(f"Secret {name} is there" + (f", with {len(missing)} new keys" if missing else ""))
+
+
+def _new(keys: list[str]) -> dict[str, str]:
+    return {
+        key: base64.urlsafe_b64encode(randomness.token_bytes(32)).decode()
+        if key == "fernet-key"
+        else randomness.token_hex(20)
+        for key in keys
+    }
 
 
 def databases() -> None:

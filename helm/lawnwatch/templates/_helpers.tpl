@@ -29,7 +29,7 @@ imagePullPolicy: {{ $root.Values.image.pullPolicy }}
 {{- define "lawnwatch.pod" -}}
 {{- $root := index . 0 -}}
 serviceAccountName: {{ printf "%s-%s" (include "lawnwatch.name" $root) (index . 2) }}
-automountServiceAccountToken: {{ has (index . 2) (list "airflow" "rollout") }}
+automountServiceAccountToken: {{ has (index . 2) (list "airflow" "rollout" "secrets") }}
 {{- with $root.Values.image.pullSecrets }}
 imagePullSecrets: {{- range . }}
   - name: {{ . }}
@@ -78,7 +78,7 @@ securityContext:
 - {name: LAWNWATCH_STORE_URL, value: "s3://{{ .Values.minio.buckets.lawnwatch }}"}
 - {name: LAWNWATCH_STORE_ENDPOINT, value: {{ include "lawnwatch.storeEndpoint" . | quote }}}
 - {name: LAWNWATCH_STORE_REGION, value: {{ .Values.minio.region | quote }}}
-- {name: LAWNWATCH_STORE_ACCESS_KEY, value: {{ .Values.minio.buckets.lawnwatch | quote }}}
+- {name: LAWNWATCH_STORE_ACCESS_KEY, value: {{ .Values.minio.accessKeys.lawnwatch | quote }}}
 - {name: MLFLOW_TRACKING_URI, value: "http://{{ $name }}-mlflow:5000"}
 - {name: LAWNWATCH_API_URL, value: "http://{{ $name }}-api:8000"}
 - {name: LAWNWATCH_ROLLOUT__TARGET, value: kubernetes}
@@ -109,7 +109,7 @@ securityContext:
 - {name: AIRFLOW__LOGGING__REMOTE_BASE_LOG_FOLDER, value: "s3://{{ .Values.minio.buckets.airflow }}/logs"}
 - {name: AIRFLOW__LOGGING__REMOTE_LOG_CONN_ID, value: lawnwatch_logs}
 - name: AIRFLOW_CONN_LAWNWATCH_LOGS
-  value: '{"conn_type": "aws", "login": {{ .Values.minio.buckets.airflow | quote }}, "password": "$(AIRFLOW_STORE_SECRET_KEY)", "extra": {"endpoint_url": {{ include "lawnwatch.storeEndpoint" . | quote }}, "region_name": {{ .Values.minio.region | quote }}}}'
+  value: '{"conn_type": "aws", "login": {{ .Values.minio.accessKeys.airflow | quote }}, "password": "$(AIRFLOW_STORE_SECRET_KEY)", "extra": {"endpoint_url": {{ include "lawnwatch.storeEndpoint" . | quote }}, "region_name": {{ .Values.minio.region | quote }}}}'
 {{- end }}
 
 {{- /* Airflow's own processes: they alone reach its database and know its keys. */}}
@@ -144,4 +144,17 @@ securityContext:
 - {name: tmp, emptyDir: {}}
 - {name: home, emptyDir: {}}
 - {name: airflow, emptyDir: {}}
+{{- end }}
+
+{{- /* The Secrets that are made here, with their keys, as JSON; one that a value names is somebody else's. */}}
+{{- define "lawnwatch.secretKeys" -}}
+{{- $wanted := dict
+  "mysql" (list "root-password" "lawnwatch-password" "airflow-password" "mlflow-password")
+  "store" (list "root-user" "root-password" "lawnwatch-secret-key" "airflow-secret-key" "mlflow-secret-key")
+  "airflow" (list "fernet-key" "api-secret-key" "jwt-secret" "admin-password") }}
+{{- $made := dict }}
+{{- range $part, $keys := $wanted }}
+{{- if not (index $.Values.secrets $part) }}{{ $_ := set $made (printf "%s-%s" (include "lawnwatch.name" $) $part) $keys }}{{ end }}
+{{- end }}
+{{- toJson $made }}
 {{- end }}
