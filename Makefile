@@ -45,6 +45,11 @@ test-browser: .venv-dev ## the tests in a real Chromium
 	@infra/test-servers
 	$(PYTEST) -m e2e $(ARGS)
 
+.PHONY: test-cluster
+test-cluster: .venv-dev ## the platform on the cluster of KUBECONFIG, from an empty namespace to uninstall (an hour; needs `make images` loaded)
+	@infra/test-servers
+	$(PYTEST) -m cluster -x -s tests/e2e/test_cluster.py $(ARGS)
+
 .PHONY: load
 load: .venv-dev ## a minute of realistic load on a running API; URL=… USERS=… SECONDS=…; writes var/load.html
 	@mkdir -p var
