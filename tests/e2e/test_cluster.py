@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +109,28 @@ def test_1_a_pod_is_ready_within_seconds(cluster: Cluster, note: Note) -> None:
     new = until("a second pod is ready", 60, lambda: [
         pod for pod in cluster.pods("api") if pod["metadata"]["uid"] != before["metadata"]["uid"] and cluster.ready(pod)
     ], every=0.5)[0]  # fmt: skip
-    logs = cluster.kubectl("logs", new["metadata"]["name"])
-    started = new["status"]["containerStatuses"][0]["state"]["running"]["startedAt"]
-    (ready,) = [one for one in new["status"]["conditions"] if one["type"] == "Ready"]
-    seconds = _seconds(ready["lastTransitionTime"]) - _seconds(started)
+    seconds = _start_to_ready(new)
     note("seconds from container start to ready, without the bundle in the cache", seconds)
-    assert seconds <= 10, logs[-2000:]
+    assert seconds <= 10
+    # A container that ends is started again in its pod, whose folder holds the verified copy.
+    name = new["metadata"]["name"]
+    cluster.kubectl("exec", name, "--", "python", "-c", "import os, signal; os.kill(1, signal.SIGTERM)", check=False)
+
+    def again() -> Any:
+        pod = cluster.get("pod", name)
+        return pod if pod["status"]["containerStatuses"][0]["restartCount"] == 1 and cluster.ready(pod) else None
+
+    seconds = _start_to_ready(until("the container is back", 120, again, every=0.5))
+    note("seconds from container start to ready, with the bundle in the cache", seconds)
     cluster.kubectl("scale", f"deployment/{RELEASE}-api", "--replicas=1")
-    until("one pod is left", 120, lambda: len(cluster.pods("api")) == 1 or None)
+    until("one pod is left", 180, lambda: len(cluster.pods("api")) == 1 or None)
+    assert seconds <= 3
+
+
+def _start_to_ready(pod: Any) -> float:
+    started = pod["status"]["containerStatuses"][0]["state"]["running"]["startedAt"]
+    (ready,) = [one for one in pod["status"]["conditions"] if one["type"] == "Ready"]
+    return datetime.fromisoformat(ready["lastTransitionTime"]).timestamp() - datetime.fromisoformat(started).timestamp()
 
 
 # ── 2. a better model ───────────────────────────────────────────────────────────────────────────────────────
@@ -300,6 +315,32 @@ def test_5_the_autoscaler_adds_pods_under_load_and_takes_them_away(cluster: Clus
     note("seconds without load until one pod is left", round(time.monotonic() - begun))
 
 
+def test_5_requests_per_second_grow_with_the_pods(cluster: Cluster, note: Note) -> None:
+    """Pods held to a quarter of a core each, so that four of them and the clients fit on a small node."""
+    answered: dict[int, float] = {}
+    limits = "/spec/template/spec/containers/0/resources/limits/cpu"
+    _patch(cluster, "deployment", [{"op": "add", "path": limits, "value": "250m"}])
+    for pods in (1, 2, 4):
+        bounds = [{"op": "replace", "path": f"/spec/{edge}Replicas", "value": pods} for edge in ("max", "min")]
+        _patch(cluster, "hpa", bounds)
+        cluster.kubectl("scale", f"deployment/{RELEASE}-api", f"--replicas={pods}")
+        cluster.kubectl("rollout", "status", f"deployment/{RELEASE}-api", "--timeout=180s")
+        until("so many pods", 180, lambda pods=pods: len(cluster.pods("api")) == pods or None)
+        with cluster.load(30, clients=12, rate=150) as counts:
+            answered[pods] = counts(whole=True)["answered"] / 30
+    _patch(cluster, "deployment", [{"op": "remove", "path": limits}])
+    _patch(cluster, "hpa", [{"op": "replace", "path": "/spec/minReplicas", "value": 1},
+                            {"op": "replace", "path": "/spec/maxReplicas", "value": 3}])  # fmt: skip
+    note("answers a second of 1, 2 and 4 pods of a quarter core", {n: round(rate, 1) for n, rate in answered.items()})
+    note("scaling efficiency of 2 and 4", [round(answered[n] / answered[1] / n, 2) for n in (2, 4)])
+    assert answered[4] / answered[1] / 4 >= 0.6
+    until("one pod is left", 420, lambda: len(cluster.pods("api")) == 1 or None, every=5)
+
+
+def _patch(cluster: Cluster, kind: str, patch: list[dict[str, Any]]) -> None:
+    cluster.kubectl("patch", kind, f"{RELEASE}-api", "--type=json", "-p", json.dumps(patch))
+
+
 # ── monitoring ──────────────────────────────────────────────────────────────────────────────────────────────
 
 # Panels that are rightly empty while nothing bad has happened.
@@ -386,9 +427,3 @@ def test_6_after_uninstall_and_install_everything_is_there(cluster: Cluster) -> 
     cluster.lawnwatch("rollout", "start")
     status, info = cluster.api("/model/info")
     assert (status, info["state"]) == (200, "ready")
-
-
-def _seconds(stamp: str) -> float:
-    from datetime import datetime
-
-    return datetime.fromisoformat(stamp).timestamp()
