@@ -5,6 +5,9 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 PY := .venv/bin/python
 PYTEST := $(PY) -m pytest
+# Processes of `make test`; tests that share a costly fixture stay in one.
+WORKERS ?= 2
+
 
 .PHONY: help
 help: ## this list
@@ -29,7 +32,7 @@ clean: stop ## delete what the demo and the tests made (var, var-samples, caches
 .PHONY: test
 test: .venv-dev ## every test, against real MariaDB, MinIO, MLflow, Airflow and Chromium (installs what is missing)
 	@infra/test-servers
-	$(PYTEST) --cov --cov-report=term:skip-covered $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist loadscope --no-loadscope-reorder --cov --cov-report=term:skip-covered $(ARGS)
 
 .PHONY: test-unit
 test-unit: .venv-dev ## the fast tests: no server, no browser

@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 import samples
 from lawnwatch import config
@@ -24,6 +26,21 @@ from lawnwatch.catalog import Catalog
 from lawnwatch.store import LocalStore, open_store
 from processes import Server, answers, free_port, program, served
 from road import Road, build, quiet
+
+
+class Together(LoadScopeScheduling):
+    """With several workers, a file goes where there is room; files that share a trained model stay together."""
+
+    TRAINED = ("test_approval", "test_gate", "test_model", "test_serving_real", "test_training_faults")
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = Path(nodeid.partition("::")[0]).stem
+        return "trained" if file in self.TRAINED else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return Together(config, log)
+
 
 # ── settings and data ───────────────────────────────────────────────────────────────────────────────────────
 

@@ -52,17 +52,28 @@ def publish(
     *,
     version: int = 1,
     graph: str = "good",
-    unknown: bool = True,
     temperature: float = 1.0,
     golden_from: str = "good",
     note: str = "",
     preprocessing: dict[str, Any] | None = None,
+    bank_length: int = 0,
 ) -> Any:
-    """Write a bundle of one of the graphs; its golden answers are those of `golden_from`."""
+    """Write a bundle of one of the graphs; its golden answers are those of `golden_from`.
+
+    With `bank_length` its detector compares embeddings of that length.
+    """
+    import numpy as np
+
     from lawnwatch import bundle, images
 
     judge = bundle.Graph((graphs / f"{golden_from}.tflite").read_bytes(), classes=2)
     files = {bundle.MODEL: (graphs / f"{graph}.tflite").read_bytes(), bundle.MODEL_CARD: b"# A test model\n"}
+    detector = bundle.Unknown(method="max_softmax", threshold=0.45, accept_rate=0.95)
+    if bank_length:
+        bank = io.BytesIO()
+        np.savez(bank, bank=np.eye(bank_length, dtype=np.float32))
+        files[bundle.UNKNOWN] = bank.getvalue()
+        detector = bundle.Unknown(method="knn", k=1, threshold=0.45, accept_rate=0.95)
     golden = []
     for index, (label, colour) in enumerate((("dandelion", YELLOW), ("grass", GREEN))):
         data = picture(colour)
@@ -81,7 +92,7 @@ def publish(
         classes=CLASSES,
         preprocessing=preprocessing or dict(images.PREPROCESSING),
         temperature=temperature,
-        unknown=bundle.Unknown(method="max_softmax", threshold=0.45, accept_rate=0.95) if unknown else None,
+        unknown=detector,
         inputs={"image": bundle.TensorSpec(shape=[1, 224, 224, 3], dtype="uint8")},
         outputs={
             "logits": bundle.TensorSpec(shape=[1, 2], dtype="float32"),

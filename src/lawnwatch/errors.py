@@ -5,7 +5,8 @@ LawnwatchError                 500  exit 1   code internal
 │   ├── SettingsError          500  exit 2   settings         a setting is missing, wrong or unsafe here
 │   ├── ImageError             422  exit 2   corrupt          not a picture that we can use
 │   │   ├── UnsupportedMedia   415  exit 2   unsupported_media
-│   │   └── ImageTooLarge      413  exit 2   too_large
+│   │   └── ImageTooLarge      413  exit 2   too_large        more bytes than allowed
+│   │       └── TooManyPixels  422  exit 2   too_many_pixels  few bytes that would decode to too much
 │   ├── BlockedSource          400  exit 2   blocked          a URL that must not be fetched
 │   └── NotFound               404  exit 2   not_found        no such snapshot, version, prediction, object …
 ├── DataError                  409  exit 3   data             the data cannot carry the step (too few images, …)
@@ -77,6 +78,12 @@ class ImageTooLarge(ImageError):
     """More bytes or pixels than the caps allow; decided before decoding."""
 
     status, code = 413, "too_large"
+
+
+class TooManyPixels(ImageTooLarge):
+    """The header promises more pixels than the cap; the body itself may be small."""
+
+    status, code = 422, "too_many_pixels"
 
 
 class BlockedSource(InputError):

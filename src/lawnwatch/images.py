@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from lawnwatch.errors import ImageError, ImageTooLarge, UnsupportedMedia
+from lawnwatch.errors import ImageError, ImageTooLarge, TooManyPixels, UnsupportedMedia
 
 # One picture is too small to share among threads; ingest and serving work on many pictures side by side.
 cv2.setNumThreads(1)
@@ -78,7 +78,7 @@ def inspect(data: bytes, *, max_pixels: int, max_bytes: int | None = None) -> Im
 
     Raises:
         UnsupportedMedia: not JPEG, PNG or WebP.
-        ImageTooLarge: more bytes or pixels than allowed.
+        ImageTooLarge, TooManyPixels: more bytes, or pixels, than allowed.
         ImageError: empty, or a header that is cut off.
     """
     with _opened(data, max_pixels=max_pixels, max_bytes=max_bytes) as image:
@@ -139,25 +139,31 @@ def _opened(data: bytes, *, max_pixels: int, max_bytes: int | None) -> Iterator[
             f"The file is not a JPEG, PNG or WebP picture; it begins with {data[:8]!r}.",
             hint="Convert it to JPEG, PNG or WebP.",
         ) from None
-    except Image.DecompressionBombError as error:
-        raise ImageTooLarge(f"The picture is far too large: {error}", hint="Send a smaller picture.") from None
+    except Image.DecompressionBombError:
+        raise _bomb(max_pixels) from None
     except FAULTS as error:
         raise ImageError(f"The picture's header is damaged: {error}.", hint="Send the whole file.") from None
     with image:
         if image.width * image.height > max_pixels:
-            raise ImageTooLarge(
+            raise TooManyPixels(
                 f"The picture has {image.width} × {image.height} pixels; at most {max_pixels:,} are allowed.",
                 hint="Send a smaller picture.",
             )
         try:
             yield image
-        except Image.DecompressionBombError as error:
-            raise ImageTooLarge(f"The picture is far too large: {error}", hint="Send a smaller picture.") from None
+        except Image.DecompressionBombError:
+            raise _bomb(max_pixels) from None
         except (*FAULTS, cv2.error) as error:
             raise ImageError(
                 f"The picture cannot be decoded: {error}.",
                 hint="It is truncated or damaged; send the whole file.",
             ) from None
+
+
+def _bomb(max_pixels: int) -> TooManyPixels:
+    return TooManyPixels(
+        f"The picture has far more pixels than the {max_pixels:,} that are allowed.", hint="Send a smaller picture."
+    )
 
 
 def _info(image: Image.Image, data: bytes) -> ImageInfo:

@@ -251,18 +251,18 @@ def export_litert(
         Flatbuffers: signature `serving_default`, input `image` (1, 224, 224, 3) uint8, outputs `logits`, `embedding`
         and `cam` by name.
     """
-    tf, k = tensorflow(), keras()
+    tf = tensorflow()
     folder = tempfile.mkdtemp(prefix="lawnwatch-export-")
     try:
-        archive = k.export.ExportArchive()
-        archive.track(model)
-        archive.add_endpoint(
-            "serving_default",
+        # Of a Keras model the saver would trace every layer for itself, which takes most of a minute and is not asked.
+        served = tf.Module()
+        served.variables_held = [weight.value for weight in model.weights]
+        served.answer = tf.function(
             lambda image: model(image, training=False),
             input_signature=[tf.TensorSpec([1, *model.input_shape[1:]], tf.uint8, name="image")],
         )
         with _native_stderr_dropped(), warnings.catch_warnings(action="ignore", category=UserWarning):
-            archive.write_out(folder, verbose=False)
+            tf.saved_model.save(served, folder, signatures={"serving_default": served.answer})
             graphs: dict[str, bytes] = {}
             for arithmetic in arithmetics:
                 converter = tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=["serving_default"])

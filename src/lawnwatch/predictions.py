@@ -42,7 +42,7 @@ logger = log.get(__name__)
 
 BATCH = 100  # rows of one INSERT
 LINGER = 0.5  # seconds that the first row of a batch waits for company: a transaction costs as much as 20 rows
-QUEUED_IMAGE_BYTES = 64_000_000  # pictures waiting for the store; beyond it a record goes without its picture
+QUEUED_IMAGE_BYTES = 16_000_000  # pictures waiting for the store; beyond it a record goes without its picture
 PAGE = 200  # most records of one page
 SLACK = timedelta(minutes=5)  # between the time in an id and the record's own: ids never go back, clocks do
 PRUNED = 500  # records deleted in one transaction

@@ -207,6 +207,7 @@ def reproduce(
             snapshot_id=info.snapshot,
             force=True,
             reason=f"reproduction of version {info.version}",
+            resume=False,
             progress=progress,
         )
         home = registry.artifacts(again, result.run_id, "model")

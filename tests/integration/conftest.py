@@ -1,7 +1,10 @@
-"""Fixtures of the tests that ask a running API."""
+"""Fixtures of the tests that ask a running API, and a migrated database for those that run Airflow."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -48,3 +51,17 @@ def api(tmp_path_factory: pytest.TempPathFactory, graphs: Path) -> Iterator[Api]
     yield api
     assert api.stop() == 0, api.log_text()[-3000:]
     assert "Traceback" not in api.log_text(), api.log_text()[-3000:]
+
+
+@pytest.fixture(scope="session")
+def airflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An Airflow home whose database is migrated; copied, for migrating takes 12 s."""
+    home = tmp_path_factory.mktemp("airflow-home")
+    subprocess.run(
+        [sys.executable, "-m", "airflow", "db", "migrate"],
+        env=os.environ | {"AIRFLOW_HOME": str(home), "AIRFLOW__CORE__LOAD_EXAMPLES": "false"},
+        check=True,
+        capture_output=True,
+        timeout=180,
+    )
+    return home / "airflow.db"

@@ -97,6 +97,14 @@ def test_30_35_a_killed_run_and_one_without_mlflow_continue_from_their_checkpoin
     assert not work.exists()
 
 
+def test_what_was_trained_and_is_no_champion_yet_is_not_trained_again(trained: Road) -> None:
+    found = train.check(trained.settings, trained.catalog, trained.store)
+    assert (found.unchanged, found.candidates) == (False, []) and trained.result.run_id in found.message
+    assert train.check(trained.settings, trained.catalog, trained.store, force=True).candidates
+    again = train.run(trained.settings, trained.catalog, trained.store, progress=quiet)
+    assert (again.run_id, again.recorded) == (trained.result.run_id, True)
+
+
 def test_random_weights_give_features_of_ordinary_size(photos: Path) -> None:
     """Without weights the road must still be walked: an unscaled random network answers 1e-12 to every picture."""
     from lawnwatch import images, model

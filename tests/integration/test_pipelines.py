@@ -19,7 +19,6 @@ import pytest
 
 import reference_catalog
 import samples
-from lawnwatch import registry
 from processes import Server, answers, free_port, served
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
@@ -42,20 +41,6 @@ for dag_id in sys.argv[2:]:
     }
 print("RESULTS " + json.dumps(results))
 """
-
-
-@pytest.fixture(scope="module")
-def airflow_database(tmp_path_factory) -> Path:
-    """An Airflow home whose database is migrated; copied, for migrating takes 12 s."""
-    home = tmp_path_factory.mktemp("airflow-home")
-    subprocess.run(
-        [sys.executable, "-m", "airflow", "db", "migrate"],
-        env=os.environ | {"AIRFLOW_HOME": str(home), "AIRFLOW__CORE__LOAD_EXAMPLES": "false"},
-        check=True,
-        capture_output=True,
-        timeout=180,
-    )
-    return home / "airflow.db"
 
 
 @dataclass
@@ -138,6 +123,7 @@ def world(request, tmp_path, weights, photos, airflow_database):
         env |= {
             "LAWNWATCH_DATABASE_URL": request.getfixturevalue("mariadb"),
             "MLFLOW_TRACKING_URI": request.getfixturevalue("mlflow_server"),
+            "LAWNWATCH_TRAIN__CANDIDATES": '["linear_probe"]',  # all of them are trained by the embedded run
         }
     world = World(home, env, f"http://127.0.0.1:{port}")
     catalog = reference_catalog.write(tmp_path / "urls.csv", reference_catalog.records(per_label=PER_LABEL))
@@ -217,72 +203,3 @@ def test_the_whole_road_and_a_second_time(world, photos):
     assert second["inference_pipeline"]["state"] == "success"
     assert world.facts() == before
     assert httpx.get(f"{world.api_url}/model/info").json()["model"] == info["model"]
-
-
-# As RUN, with `approval`; a second thread is the person who answers what the operator asks (or nobody does).
-APPROVAL = """
-import json, sys, threading, time
-from datetime import timedelta
-from airflow.dag_processing.dagbag import DagBag
-from airflow.models.hitl import HITLDetail
-from airflow.utils.session import create_session
-from airflow._shared.timezones.timezone import utcnow
-
-answer, stop, asked = sys.argv[2], threading.Event(), []
-
-def person():
-    while not stop.wait(1):
-        with create_session() as session:
-            for detail in session.query(HITLDetail).where(HITLDetail.responded_at.is_(None)):
-                asked.append([detail.subject, detail.body])
-                if answer:
-                    detail.chosen_options, detail.responded_at = [answer], utcnow()
-                    detail.responded_by = {"id": "1", "name": "a person"}
-
-bag = DagBag(sys.argv[1])
-assert not bag.import_errors, bag.import_errors
-dag = bag.dags["training_pipeline"]
-if not answer:
-    dag.get_task("approve").response_timeout = timedelta(seconds=3)
-threading.Thread(target=person, daemon=True).start()
-run = dag.test(run_conf={"approval": True})
-stop.set()
-print("RESULTS " + json.dumps({
-    "state": str(run.state), "asked": asked[:1],
-    "tasks": {ti.task_id: str(ti.state) for ti in run.get_task_instances()},
-}))
-"""
-
-
-@pytest.mark.parametrize("answer", ["", "Reject", "Approve"])
-def test_a_person_decides_when_asked_and_silence_is_a_no(road, airflow_database, tmp_path, answer):
-    airflow = tmp_path / "airflow"
-    airflow.mkdir()
-    shutil.copy(airflow_database, airflow)
-    env = os.environ | {
-        "AIRFLOW_HOME": str(airflow),
-        "AIRFLOW__CORE__DAGS_FOLDER": str(ROOT / "dags"),
-        "AIRFLOW__CORE__LOAD_EXAMPLES": "false",
-        "LAWNWATCH_HOME": str(road.settings.home),
-        "LAWNWATCH_WEIGHTS": road.settings.weights,
-        "NO_COLOR": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", APPROVAL, str(ROOT / "dags"), answer],
-        env=env, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    results = [line for line in done.stdout.splitlines() if line.startswith("RESULTS ")]
-    assert done.returncode == 0 and results, done.stdout[-6000:] + done.stderr[-3000:]
-    found = json.loads(results[-1].removeprefix("RESULTS "))
-    tasks, log = found["tasks"], done.stdout[-6000:]
-    assert found["state"] == "success", log
-    (subject, body) = found["asked"][0]
-    assert subject == "Make the challenger champion?"
-    assert "Test accuracy is" in body and "/reports/evaluation/" in body, body
-    assert (tasks["register"], tasks["approve"]) == ("success", "success")
-    later = "success" if answer == "Approve" else "skipped"
-    assert (tasks["promote"], tasks["release"]) == (later, later), log
-    champion = registry.champion(road.settings, road.catalog)
-    assert (champion is not None) == (answer == "Approve")
-    (version,) = registry.list_versions(road.settings, road.catalog)
-    assert version.aliases == (["champion"] if answer == "Approve" else ["challenger"])

@@ -561,7 +561,7 @@ def test_08_two_thousand_mutants_never_break_the_server(api: Api) -> None:
         for item in answer.json["items"]:
             code = item["problem"]["code"] if item["problem"] else "answered"
             codes[code] = codes.get(code, 0) + 1
-    assert set(codes) <= {"answered", "corrupt", "unsupported_media", "too_large"} and sum(codes.values()) == 2000
+    assert set(codes) <= {"answered", "corrupt", "unsupported_media", "too_many_pixels"} and sum(codes.values()) == 2000
     assert min(codes.get("answered", 0), codes.get("corrupt", 0)) > 200, "the mutants must reach the decoders"
     assert api.get("/ready").status == 200 and peak_memory(api) - before < 40_000_000
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from lawnwatch import store as store_module
 from lawnwatch.config import Settings
 from lawnwatch.errors import InputError, IntegrityError, NotFound
-from lawnwatch.store import LocalStore, ObjectInfo, ObjectStore, open_store
+from lawnwatch.store import LocalStore, ObjectInfo, ObjectStore, open_store, s3
 from lawnwatch.store.s3 import S3Store
 
 PART = 5 << 20  # the least that S3 takes as a part
@@ -192,7 +191,7 @@ def test_of_many_creators_exactly_one_wins(reopen: Callable[[], ObjectStore]) ->
 @pytest.fixture
 def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file of three S3 parts, the last one short."""
-    monkeypatch.setattr(store_module, "PART_BYTES", PART)
+    monkeypatch.setattr(s3, "PART_BYTES", PART)
     path = tmp_path / "large"
     path.write_bytes(os.urandom(2 * PART) + b"the end")
     return path

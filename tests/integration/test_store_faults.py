@@ -16,10 +16,9 @@ from typing import Any
 import pytest
 
 from faults import Fault, FaultProxy
-from lawnwatch import store as store_module
 from lawnwatch.config import Settings
 from lawnwatch.errors import IntegrityError, LawnwatchError, NotFound, SettingsError, Unavailable
-from lawnwatch.store import open_store
+from lawnwatch.store import open_store, s3, sha256_of
 from lawnwatch.store.s3 import S3Store
 
 pytestmark = pytest.mark.integration
@@ -29,8 +28,8 @@ DATA = os.urandom(300_000)
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bounds, reached sooner."""
-    monkeypatch.setattr(store_module, "SILENCE_SECONDS", 1.0)
-    monkeypatch.setattr(store_module, "CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr(s3, "SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr(s3, "CONNECT_SECONDS", 1.0)
 
 
 @pytest.fixture
@@ -114,7 +113,7 @@ def test_29_a_read_that_keeps_breaking_ends(store: S3Store, direct: S3Store, pro
         proxy.down = Fault(kind, after=100_000, times=99)  # type: ignore[arg-type]
         with within(12), pytest.raises(Unavailable, match="does not answer"):
             store.get("a")
-        assert proxy.down.times == 99 - store_module.TRIES
+        assert proxy.down.times == 99 - s3.TRIES
 
 
 def test_29_a_stream_that_breaks_never_ends_as_if_whole(store: S3Store, direct: S3Store, proxy: FaultProxy) -> None:
@@ -148,7 +147,7 @@ def test_29_an_answer_that_is_lost_is_no_second_object(store: S3Store, direct: S
     """The server created it, nobody heard: the second try meets the first one's object and reports it as stored."""
     proxy.down = Fault("cut", after=0)
     written = store.put("a", DATA, if_absent=True)
-    assert written.sha256 == store_module.sha256_of(DATA) and direct.get("a") == DATA
+    assert written.sha256 == sha256_of(DATA) and direct.get("a") == DATA
 
 
 def test_a_byte_changed_on_the_way_is_refused_by_the_server(
@@ -157,7 +156,7 @@ def test_a_byte_changed_on_the_way_is_refused_by_the_server(
     proxy.up = Fault("flip", after=150_000)
     with pytest.raises(IntegrityError, match="not what was sent"):
         store.put("a", DATA)
-    monkeypatch.setattr(store_module, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
     large = tmp_path / "large"
     large.write_bytes(os.urandom(11 << 20))
     proxy.up = Fault("flip", after=7 << 20)
@@ -181,13 +180,13 @@ def test_bytes_that_are_not_the_hashed_ones_are_refused_by_the_server(
 def test_29_parts_that_fail_are_taken_back(
     store: S3Store, direct: S3Store, proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
     large = tmp_path / "large"
     large.write_bytes(os.urandom(11 << 20))
     direct.put("a", b"old")
     proxy.up = Fault("cut", after=7 << 20)  # the second part, once: sent again
     assert store.put("b", large).size == 11 << 20
-    proxy.up = Fault("cut", after=7 << 20, times=1 + store_module.TRIES)
+    proxy.up = Fault("cut", after=7 << 20, times=1 + s3.TRIES)
     monkeypatch.setattr(proxy.up, "after", 1 << 20)  # and each further try of it
     with within(15), pytest.raises(Unavailable):
         store.put("a", large)

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from lawnwatch import images
-from lawnwatch.errors import ImageError, ImageTooLarge, UnsupportedMedia
+from lawnwatch.errors import ImageError, ImageTooLarge, TooManyPixels, UnsupportedMedia
 
 pytestmark = pytest.mark.unit
 CAP = 50_000_000
@@ -252,8 +252,9 @@ def test_07_one_pixel_is_a_picture() -> None:
 def test_07_too_many_pixels_are_refused_by_the_header(side: int) -> None:
     for data in (png(side, side, b""), jpeg_of_size(side, side), webp_of_size(min(side, 16_383), 9_000)):
         for look in (images.inspect, images.decode):
-            with pytest.raises(ImageTooLarge):
+            with pytest.raises(TooManyPixels, match=f"{CAP:,}") as refused:
                 look(data, max_pixels=CAP)
+            assert (refused.value.status, refused.value.code) == (422, "too_many_pixels")
 
 
 def remark(megabytes: int) -> bytes:

@@ -502,7 +502,7 @@ def test_an_api_that_is_slow_gets_a_sentence_in_bounded_time(
     [
         (problem(415, "unsupported_media", "This is HTML, not a picture.", "Send a JPEG."), "Send a JPEG."),
         (problem(422, "corrupt", "The picture is cut off."), "The picture is cut off."),
-        (problem(413, "too_large", "81000000 pixels are too many."), "81000000 pixels are too many."),
+        (problem(422, "too_many_pixels", "81000000 pixels are too many."), "81000000 pixels are too many."),
         (problem(503, "overloaded", "32 requests wait.", **{"retry-after": "2"}), "Try again in 2 s."),
         (problem(503, "no_model", "Nothing is verified.", "Run training."), "Nothing is verified."),
         (problem(500, "internal", "A fault of ours."), "A fault of ours."),

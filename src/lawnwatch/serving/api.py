@@ -112,6 +112,7 @@ class Api:
         watcher, admission, writer = self.watcher, self.admission, self.writer
         loaded = watcher.current
         yield gauge("lawnwatch_places_taken", "Predictions under way or waiting.", admission.taken)
+        yield gauge("lawnwatch_predict_queue", "Pictures that wait for a thread.", self.pool.waiting)
         yield gauge("lawnwatch_places", "Predictions that may be under way or wait.", admission.limit)
         yield gauge("lawnwatch_slow_senders", "Bodies that take their time.", admission.slow)
         yield gauge("lawnwatch_body_held_bytes", "Bodies in memory.", admission.held)

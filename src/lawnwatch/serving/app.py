@@ -51,6 +51,7 @@ def create_app(settings: Settings, watcher: ModelWatcher | None = None) -> FastA
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # behind a proxy that ends TLS it would send people to http://
     )
     app.state.api = api
     _wrap(app, api)
@@ -121,5 +122,7 @@ def _explain_errors(app: FastAPI) -> None:
             error.status_code, str(error.detail)
         )
         headers = dict(error.headers or {})
+        if headers.get("Allow") == "GET":
+            headers["Allow"] = "GET, HEAD"
         hint = "/docs lists all addresses."
         return problems.problem(error.status_code, code, detail, hint, headers=headers, path=request.url.path)

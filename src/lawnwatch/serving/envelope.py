@@ -59,6 +59,8 @@ class Envelope:
         scope.setdefault("state", {})["request_id"] = request_id
         status = CLIENT_CLOSED_REQUEST
         policy = _policy(scope["path"])
+        # HEAD is GET whose body the server leaves out; a copy, for the server and the count go by the method sent.
+        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
 
         async def sealed(message: Message) -> None:
             nonlocal status
@@ -74,7 +76,7 @@ class Envelope:
 
         self._metrics.in_flight.inc()
         try:
-            await self._app(scope, receive, sealed)
+            await self._app(asked, receive, sealed)
         except ClientGone:
             pass
         except Exception as error:  # the last resort: logged in full, told in a sentence
@@ -89,11 +91,11 @@ class Envelope:
                 await response(scope, receive, sealed)
         finally:
             self._metrics.in_flight.dec()
-            self._count(scope, status, time.perf_counter() - started)
+            route = getattr(asked.get("route"), "path", None) or self._route_of(scope["path"]) or "other"
+            self._count(route, scope["method"], status, time.perf_counter() - started)
 
-    def _count(self, scope: Scope, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", None) or self._route_of(scope["path"]) or "other"
-        method = scope["method"] if scope["method"] in METHODS else "other"
+    def _count(self, route: str, method: str, status: int, seconds: float) -> None:
+        method = method if method in METHODS else "other"
         self._metrics.requests.labels(route, method, str(status)).inc()
         self._metrics.request_seconds.labels(route).observe(seconds)
 

@@ -18,10 +18,11 @@ FAILURES: dict[int, dict[str, str]] = {
     403: {"forbidden": "The key has not the scope.", "not_enabled": "The server's settings keep this off."},
     404: {"not_found": "There is no such thing."},
     408: {"too_slow": "The body did not arrive in time."},
-    413: {"too_large": "More bytes or pixels than allowed; decided before reading or decoding them."},
+    413: {"too_large": "More bytes than allowed; decided before reading them."},
     415: {"unsupported_media": "Neither JPEG, PNG nor WebP, or a Content-Type that is not read here."},
     422: {
         "corrupt": "The picture is truncated or damaged.",
+        "too_many_pixels": "More pixels than allowed; decided before decoding them.",
         "bad_upload": "The form is not what is read here.",
         "bad_request": "A parameter is out of range.",
     },

@@ -41,6 +41,11 @@ class FairPool(Executor):
         for thread in self._threads:
             thread.start()
 
+    @property
+    def waiting(self) -> int:
+        """Calls that no thread has begun."""
+        return self._tokens.qsize()
+
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Queue a call for the current client."""
         client = current_client.get()

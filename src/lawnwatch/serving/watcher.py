@@ -158,11 +158,19 @@ class ModelWatcher:
             raise IntegrityError(
                 f"bundle {sha256[:12]} is v{found.manifest.model_version}; the target says v{version}."
             )
-        predictor = Predictor(
-            found,
-            threads=self._settings.serving.threads,
-            max_pixels=self._settings.images.max_pixels,
-        )
+        try:
+            predictor = Predictor(
+                found,
+                threads=self._settings.serving.threads,
+                max_pixels=self._settings.images.max_pixels,
+            )
+        except LawnwatchError:
+            raise
+        except Exception as error:  # whole by its hashes, and yet its parts do not fit together: as bad as altered
+            logger.exception("bundle cannot be used", sha256=sha256, error=str(error))
+            raise IntegrityError(
+                f"bundle {sha256[:12]} cannot be used ({type(error).__name__}; see the log)."
+            ) from error
         seconds = time.perf_counter() - started
         self.current = Loaded(predictor, datetime.now(UTC), seconds)
         self.reason, self.rejected = "", None

@@ -50,7 +50,8 @@ class Check:
     """Whether there is anything to train on.
 
     Attributes:
-        candidates: those that can be trained side by side, each as a step of its own; none when unchanged.
+        candidates: those that can be trained side by side, each as a step of its own; none when unchanged, or when
+            this training was done before and waits for its verdict.
     """
 
     unchanged: bool
@@ -114,10 +115,15 @@ def check(
     """Whether anything that training reads has changed since the champion was trained. Trains nothing.
 
     Raises:
-        NotFound: no such snapshot. SettingsError: the weights file is missing.
+        NotFound: no such snapshot. SettingsError: the weights file is missing. Unavailable: MLflow does not answer.
     """
     snapshot = dataset.load_snapshot(catalog, store, snapshot_id or "latest")
-    return _check(settings, catalog, snapshot, force=force, reason=reason)
+    found = _check(settings, catalog, snapshot, force=force, reason=reason)
+    if found.unchanged or force:
+        return found
+    with registry.tracking(settings) as client:
+        done = _done(client, registry.experiment_id(settings, client), found.fingerprint)
+    return found if done is None else replace(found, candidates=[], message=_done_before(done))
 
 
 def _check(settings: Settings, catalog: Catalog, snapshot: dataset.Snapshot, *, force: bool, reason: str) -> Check:
@@ -244,15 +250,8 @@ def run(
         champion = registry.champion(settings, catalog)
         if found.unchanged and champion is not None:
             return _recorded(client.get_run(champion.run_id), snapshot, unchanged=True, message=found.message)
-        if not force:
-            done = client.search_runs(
-                [experiment],
-                f"tags.`lawnwatch.fingerprint` = '{found.fingerprint}' and tags.`lawnwatch.complete` = 'true'",
-                max_results=1,
-            )
-            if done:
-                message = f"This training was done before, as run {done[0].info.run_id}."
-                return _recorded(done[0], snapshot, unchanged=False, message=message)
+        if not force and (done := _done(client, experiment, found.fingerprint)) is not None:
+            return _recorded(done, snapshot, unchanged=False, message=_done_before(done))
 
     checkpoint = Checkpoint(store, found.fingerprint)
     if not resume:
@@ -422,6 +421,20 @@ def must_be_trainable(snapshot: dataset.Snapshot) -> None:
                 f"the {split} split of snapshot {snapshot.id[:12]} has no image of {sorted(missing)}.",
                 hint="Add more images of these classes, ingest, and create a snapshot.",
             )
+
+
+def _done(client: Any, experiment: str, fingerprint: str) -> Any | None:
+    """The run that finished this very training."""
+    runs = client.search_runs(
+        [experiment],
+        f"tags.`lawnwatch.fingerprint` = '{fingerprint}' and tags.`lawnwatch.complete` = 'true'",
+        max_results=1,
+    )
+    return runs[0] if runs else None
+
+
+def _done_before(run: Any) -> str:
+    return f"This training was done before, as run {run.info.run_id}."
 
 
 def _recorded(run: Any, snapshot: dataset.Snapshot, *, unchanged: bool, message: str) -> TrainResult:
