@@ -48,6 +48,10 @@ test-browser: .venv-dev ## the tests in a real Chromium
 	@infra/test-servers
 	$(PYTEST) -m e2e $(ARGS)
 
+.PHONY: test-images
+test-images: .venv-dev ## what `make images` built: users, tools, sizes, SBOMs
+	@$(PYTEST) -m images tests/e2e/test_container_images.py $(ARGS)
+
 .PHONY: test-cluster
 test-cluster: .venv-dev ## the platform on the cluster of KUBECONFIG, from an empty namespace to uninstall (an hour; needs `make images` loaded)
 	@infra/test-servers
@@ -109,6 +113,13 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 .PHONY: images
 images: ## build the five container images, each with its SBOM in dist/; IMAGES="api webapp" builds some, PIP_INDEX_URL names an index
 	@docker/build $(VERSION) $(IMAGES)
+
+.PHONY: images-again
+images-again: ## build the images a second time, from nothing, and compare them with the first, file by file
+	@NO_CACHE=1 REGISTRY=lawnwatch-again DIST=var/dist-again docker/build $(VERSION) $(IMAGES)
+	for name in $(or $(IMAGES),api webapp pipeline mlflow minio); do
+	  python3 docker/compare.py "lawnwatch/$$name:$(VERSION)" "lawnwatch-again/$$name:$(VERSION)"
+	done
 
 .PHONY: manifests
 manifests: ## k8s/ and the chart's README, from the chart (needs helm)

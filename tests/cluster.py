@@ -1,6 +1,7 @@
 """One installation on a real cluster, as a test drives it: kubectl, helm, Airflow's API, and a pod that is the world.
 
-The pod `world` serves the photographs as the web, sends load to the API's Service, and takes in the alerts.
+The pod `world` serves the photographs as the web and takes in the alerts. Load comes from this machine's loopback, by a
+NodePort of the API.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +23,9 @@ from processes import free_port, program
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMESPACE, RELEASE = "lawnwatch", "lawnwatch"  # as in k8s/, so that those can be applied over it
-WORLD = (ROOT / "tests/cluster_world.py").read_text()
+WORLD_FILE = ROOT / "tests/cluster_world.py"
+WORLD = WORLD_FILE.read_text()
+API_PORT = 30800  # on the node, and on this machine's loopback
 ANNOTATIONS = "{.spec.template.metadata.annotations}"
 
 
@@ -47,6 +51,7 @@ class Cluster:
     images: str
     tag: str
     weights: str
+    photos: Path
 
     # --- kubectl and helm ---------------------------------------------------------------------------------
 
@@ -111,7 +116,7 @@ class Cluster:
 
     # --- the world ----------------------------------------------------------------------------------------
 
-    def make_world(self, photos: Path) -> None:
+    def make_world(self) -> None:
         manifest = f"""
 apiVersion: v1
 kind: Pod
@@ -135,29 +140,37 @@ apiVersion: v1
 kind: Service
 metadata: {{name: world}}
 spec: {{selector: {{app: world}}, ports: [{{port: 80, targetPort: 8080}}]}}
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: world-api}}
+spec:
+  type: NodePort
+  selector: {{app.kubernetes.io/instance: {RELEASE}, app.kubernetes.io/component: api}}
+  ports: [{{port: 8000, targetPort: 8000, nodePort: {API_PORT}}}]
 """
         self.kubectl("apply", "-f", "-", stdin=manifest.encode())
         self.kubectl("wait", "--for=condition=Ready", "pod/world", "--timeout=120s")
         archive = io.BytesIO()
         with tarfile.open(fileobj=archive, mode="w") as tar:
-            for path in sorted(photos.glob("*/*.jpg")):
+            for path in sorted(self.photos.glob("*/*.jpg")):
                 tar.add(path, arcname=f"{path.parent.name}/{path.name}")
         unpack = "import sys, tarfile; tarfile.open(fileobj=sys.stdin.buffer, mode='r|').extractall('/tmp/photos')"
         self.kubectl("exec", "-i", "world", "--", "python", "-c", unpack, stdin=archive.getvalue())
 
     def world(self, *argv: str) -> Any:
-        """One order to the world: `ask URL`, `load URL SECONDS CLIENTS RATE`."""
+        """One order to the world: `ask URL`."""
         return json.loads(self.kubectl("exec", "world", "--", "python", "-c", WORLD, *argv))
 
     @contextmanager
     def load(self, seconds: float, clients: int, rate: float) -> Iterator[Callable[..., Any]]:
-        """Predictions through the Service, from inside the cluster, for at most so long.
+        """Predictions through a Service, from this machine, for at most so long.
 
         What it gives stops the load and returns its counts; with `whole=True` it waits until the time is up.
         """
         process = subprocess.Popen(
-            [program("kubectl"), "-n", NAMESPACE, "exec", "-i", "world", "--", "python", "-c", WORLD,
-             "load", f"http://{RELEASE}-api:8000", str(seconds), str(clients), str(rate)],
+            [sys.executable, str(WORLD_FILE), "load", f"http://127.0.0.1:{API_PORT}", str(self.photos),
+             str(seconds), str(clients), str(rate)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -194,10 +207,10 @@ spec: {{selector: {{app: world}}, ports: [{{port: 80, targetPort: 8080}}]}}
             stdin=stdin,
         )  # fmt: skip
 
-    def import_photos(self, photos: Path, per_label: int) -> None:
+    def import_photos(self, per_label: int) -> None:
         rows = ["url,label"]
-        for label in sorted(path.name for path in photos.iterdir() if path.is_dir()):
-            files = sorted((photos / label).glob("*.jpg"))[:per_label]
+        for label in sorted(path.name for path in self.photos.iterdir() if path.is_dir()):
+            files = sorted((self.photos / label).glob("*.jpg"))[:per_label]
             rows += [f"http://world/{label}/{file.name},{label}" for file in files]
         self.kubectl(
             "exec", "-i", f"deploy/{RELEASE}-airflow-scheduler", "-c", "airflow", "--",

@@ -4,8 +4,11 @@ Its image holds Python and nothing of these tests, so this is sent as one text a
 
     python -c THIS                                 serve /tmp/photos and take in alerts on port 8080
     python -c THIS ask URL                         one GET: [status, JSON]
-    python -c THIS load API SECONDS CLIENTS RATE   predictions of the photos until the time is up or standard input
-                                                   ends: counts as JSON
+
+On the tests' own machine it is the clients:
+
+    python THIS load API PHOTOS SECONDS CLIENTS RATE   predictions until the time is up or standard input ends:
+                                                       counts as JSON
 """
 
 import collections
@@ -65,10 +68,10 @@ def ask(url):
     return [status, json.loads(body)]
 
 
-def load(api, seconds, clients, rate):
+def load(api, photos, seconds, clients, rate):
     """Each client sends at its share of the rate; nothing is tried twice, so every failure counts."""
     host = urlsplit(api).netloc
-    pictures = [path.read_bytes() for path in sorted(Path("/tmp/photos").glob("*/*.jpg"))[::7]]
+    pictures = [path.read_bytes() for path in sorted(photos.glob("*/*.jpg"))[::7]]
     begun = time.monotonic()
     end = begun + seconds
     versions, failures, waits, lock = collections.Counter(), collections.Counter(), [], threading.Lock()
@@ -132,6 +135,8 @@ def load(api, seconds, clients, rate):
 if sys.argv[1:2] == ["ask"]:
     sys.stdout.write(json.dumps(ask(sys.argv[2])))
 elif sys.argv[1:2] == ["load"]:
-    sys.stdout.write(json.dumps(load(sys.argv[2], float(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]))))
+    sys.stdout.write(
+        json.dumps(load(sys.argv[2], Path(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5]), float(sys.argv[6])))
+    )
 else:
     serve()

@@ -2,8 +2,8 @@
 
 The tests are one story and run in order: each stands on what the ones before have made. KUBECONFIG names a cluster
 whose nodes hold the images (`make images`, then `kind load docker-image …`), with metrics-server and a default
-StorageClass. LAWNWATCH_TEST_WEIGHTS is a weights file inside the pipeline image; without one a simpler model is
-trained.
+StorageClass, and NodePort 30800 on this machine's loopback (kind: `extraPortMappings`), from where the load comes.
+LAWNWATCH_TEST_WEIGHTS is a weights file inside the pipeline image; without one a simpler model is trained.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ Note = Callable[[str, Any], None]
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Cluster:
+def cluster(photos: Path) -> Cluster:
     return Cluster(
         images=os.environ.get("LAWNWATCH_TEST_REGISTRY", "lawnwatch"),
         tag=os.environ.get("LAWNWATCH_TEST_TAG", "0.1.0"),
         weights=os.environ.get("LAWNWATCH_TEST_WEIGHTS", "none"),
+        photos=photos,
     )
 
 
@@ -55,7 +56,7 @@ def note() -> Iterator[Note]:
 # ── 1. from nothing ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_1_everything_but_the_api_is_ready_within_five_minutes(cluster: Cluster, photos: Path, note: Note) -> None:
+def test_1_everything_but_the_api_is_ready_within_five_minutes(cluster: Cluster, note: Note) -> None:
     manifest = (ROOT / "k8s/00-namespace.yaml").read_bytes()
     assert f"name: {NAMESPACE}" in manifest.decode()
     cluster.kubectl("apply", "-f", "-", stdin=manifest)  # it enforces the restricted Pod Security Standard
@@ -64,7 +65,7 @@ def test_1_everything_but_the_api_is_ready_within_five_minutes(cluster: Cluster,
     cluster.settled(600, but=(f"{RELEASE}-api",))
     seconds = time.monotonic() - begun
     note("seconds from helm install to all but the API ready", round(seconds))
-    cluster.make_world(photos)
+    cluster.make_world()
     assert seconds <= 300
 
 
@@ -84,8 +85,8 @@ def test_1_the_api_says_that_there_is_no_model_yet(cluster: Cluster) -> None:
     assert cluster.model() == {}
 
 
-def test_1_the_first_release_makes_the_api_ready(cluster: Cluster, photos: Path, note: Note) -> None:
-    cluster.import_photos(photos, FIRST_PER_LABEL)
+def test_1_the_first_release_makes_the_api_ready(cluster: Cluster, note: Note) -> None:
+    cluster.import_photos(FIRST_PER_LABEL)
     begun = time.monotonic()
     known = {dag: cluster.runs(dag) for dag in ("training_pipeline", "inference_pipeline")}
     run, state = cluster.run_dag("data_pipeline", 900)
@@ -136,10 +137,8 @@ def _start_to_ready(pod: Any) -> float:
 # ── 2. a better model ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_2_more_photos_make_a_better_model_and_no_request_fails_meanwhile(
-    cluster: Cluster, photos: Path, note: Note
-) -> None:
-    cluster.import_photos(photos, 10_000)
+def test_2_more_photos_make_a_better_model_and_no_request_fails_meanwhile(cluster: Cluster, note: Note) -> None:
+    cluster.import_photos(10_000)
     before = cluster.model()
     known = cluster.runs("inference_pipeline")
     with cluster.load(900, clients=4, rate=10) as counts:
