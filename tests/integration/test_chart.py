@@ -201,6 +201,12 @@ def test_fault_50_a_rollout_may_patch_one_deployment_and_nobody_reads_secrets() 
             {"apiGroups": [""], "resources": ["events"], "verbs": ["list"]},
         ],
     }  # fmt: skip
+    holders = {each["metadata"]["name"]: {subject["name"] for subject in each["subjects"]}
+               for each in rendered("default") if each["kind"] == "RoleBinding"}  # fmt: skip
+    assert holders == {
+        "lawnwatch-rollout": {"lawnwatch-rollout", "lawnwatch-airflow"},
+        "lawnwatch-airflow": {"lawnwatch-airflow"},
+    }
     assert not [each for each in rendered("default") if each["kind"] in ("ClusterRole", "ClusterRoleBinding")]
 
 
