@@ -52,6 +52,11 @@ test-browser: .venv-dev ## the tests in a real Chromium
 test-images: .venv-dev ## what `make images` built: users, tools, sizes, SBOMs
 	@$(PYTEST) -m images tests/e2e/test_container_images.py $(ARGS)
 
+.PHONY: test-compose
+test-compose: .venv-dev ## the platform by docker compose, its pipelines and its page (half an hour; needs `make images`)
+	@infra/test-servers
+	$(PYTEST) -m compose -x -s tests/e2e/test_compose.py $(ARGS)
+
 .PHONY: test-cluster
 test-cluster: .venv-dev ## the platform on the cluster of KUBECONFIG, from an empty namespace to uninstall (an hour; needs `make images` loaded)
 	@infra/test-servers
@@ -106,6 +111,8 @@ requirements: ## pin all packages anew (needs uv)
 	  $(COMPILE) -c "$$whole" --extra $$set pyproject.toml -o requirements/$$set.txt
 	done
 	printf 'hatchling>=1.27\nuv>=0.8\n' | $(COMPILE) --upgrade - -o requirements/build.txt
+	# What OpenCV's own pyproject.toml asks for to be built with Python 3.11.
+	printf 'numpy==2.0.2\npackaging\npip\nscikit-build>=0.14\nsetuptools==59.2.0\nwheel\n' | $(COMPILE) --upgrade - -o requirements/opencv.txt
 
 # -- ship it -------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,8 @@ RUN --mount=type=secret,id=index \
  && python -m venv /opt/build && /opt/build/bin/pip install --require-hashes -r requirements/build.txt \
  && python -m venv --without-pip /opt/venv \
  && /opt/build/bin/uv pip install --python /opt/venv/bin/python --require-hashes -r requirements/tracking.txt \
- && python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
+ && python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib \
+ && rm -f /opt/venv/.lock
 
 FROM python:3.11-slim-bookworm
 RUN rm -rf /usr/local/lib/python3.11/site-packages/* /usr/lib/python3/dist-packages/* /usr/local/bin/pip* /usr/bin/pip* \

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,17 @@ PARTS = {
     "mlflow": "pkg:pypi/mlflow@",
     "minio": "pkg:golang/github.com/minio/minio@",
 }
+# What training and serving see of each picture, as one hash.
+SEEN = """
+import hashlib, pathlib
+from lawnwatch import images
+seen = hashlib.sha256()
+for path in sorted(pathlib.Path("/photos").glob("*/*.jpg")):
+    for size in (images.SIZE, None):
+        rgb = images.decode(path.read_bytes(), size=size, max_pixels=50_000_000)
+        seen.update(rgb.tobytes() + repr((images.light_and_blur(rgb), images.phash(rgb))).encode())
+print(seen.hexdigest())
+"""
 every_image = pytest.mark.parametrize("name", PARTS)
 
 
@@ -36,10 +48,10 @@ def facts(name: str) -> Any:
     return json.loads(docker("image", "inspect", f"{REGISTRY}/{name}:{TAG}"))[0]
 
 
-def run(name: str, *words: str) -> str:
+def run(name: str, *words: str, options: tuple[str, ...] = ()) -> str:
     """What a program says in the image, as it is deployed: read-only, without capabilities, here without a network."""
     program, *arguments = words
-    return docker("run", "--rm", "--network=none", "--read-only", "--cap-drop=ALL", "--tmpfs=/tmp",
+    return docker("run", "--rm", "--network=none", "--read-only", "--cap-drop=ALL", "--tmpfs=/tmp", *options,
                   f"--entrypoint={program}", f"{REGISTRY}/{name}:{TAG}", *arguments)  # fmt: skip
 
 
@@ -95,3 +107,10 @@ def test_the_api_holds_what_serving_needs_and_no_more() -> None:
     code = f"import importlib.util as u; print([name for name in {absent} if u.find_spec(name)])"
     assert run("api", "python", "-c", code).strip() == "[]"
     assert "--host" in run("api", "lawnwatch", "serve", "--help")
+
+
+def test_training_and_serving_see_the_same_pixels(photos: Path) -> None:
+    """The API's OpenCV is built from source, without what it does not need; training has the published wheel."""
+    mount = (f"--volume={photos}:/photos:ro",)
+    seen = {name: run(name, "python", "-c", SEEN, options=mount) for name in ("api", "pipeline")}
+    assert seen["api"] == seen["pipeline"]
