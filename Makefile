@@ -48,6 +48,20 @@ test-browser: .venv-dev ## the tests in a real Chromium
 	@infra/test-servers
 	$(PYTEST) -m e2e $(ARGS)
 
+.PHONY: test-images
+test-images: .venv-dev ## what `make images` built: users, tools, sizes, SBOMs
+	@$(PYTEST) -m images tests/e2e/test_container_images.py $(ARGS)
+
+.PHONY: test-compose
+test-compose: .venv-dev ## the platform by docker compose, its pipelines and its page (half an hour; needs `make images`)
+	@infra/test-servers
+	$(PYTEST) -m compose -x -s tests/e2e/test_compose.py $(ARGS)
+
+.PHONY: test-cluster
+test-cluster: .venv-dev ## the platform on the cluster of KUBECONFIG, from an empty namespace to uninstall (an hour; needs `make images` loaded)
+	@infra/test-servers
+	$(PYTEST) -m cluster -x -s tests/e2e/test_cluster.py $(ARGS)
+
 .PHONY: load
 load: .venv-dev ## a minute of realistic load on a running API; URL=… USERS=… SECONDS=…; writes var/load.html
 	@mkdir -p var
@@ -84,16 +98,43 @@ bench: .venv-dev ## every benchmark in benchmarks/, one after the other
 docs: .venv-dev ## write docs/settings.md and docs/cli.md from the code
 	@$(PY) infra/reference_docs.py
 
-# One resolution for all: the smaller sets take their versions from the largest.
+# One resolution for all: every set takes its versions from the whole.
 COMPILE = uv pip compile --quiet --generate-hashes --no-emit-index-url --no-annotate --python-version 3.11 \
-	--custom-compile-command "make requirements" pyproject.toml
+	--custom-compile-command "make requirements"
 .PHONY: requirements
 requirements: ## pin all packages anew (needs uv)
-	@$(COMPILE) --upgrade --extra pipeline --extra serving --extra webapp --group dev -o requirements/dev.txt
-	$(COMPILE) -c requirements/dev.txt --extra pipeline --extra serving --extra webapp -o requirements/demo.txt
-	for set in pipeline serving webapp; do
-	  $(COMPILE) -c requirements/dev.txt --extra $$set -o requirements/$$set.txt
+	@whole=$$(mktemp); trap 'rm -f "$$whole"' EXIT
+	$(COMPILE) --upgrade --all-extras --group dev pyproject.toml -o "$$whole"
+	$(COMPILE) -c "$$whole" --extra pipeline --extra serving --extra webapp --group dev pyproject.toml -o requirements/dev.txt
+	$(COMPILE) -c "$$whole" --extra pipeline --extra serving --extra webapp pyproject.toml -o requirements/demo.txt
+	for set in pipeline serving webapp cluster tracking; do
+	  $(COMPILE) -c "$$whole" --extra $$set pyproject.toml -o requirements/$$set.txt
 	done
+	printf 'hatchling>=1.27\nuv>=0.8\n' | $(COMPILE) --upgrade - -o requirements/build.txt
+	# What OpenCV's own pyproject.toml asks for to be built with Python 3.11.
+	printf 'numpy==2.0.2\npackaging\npip\nscikit-build>=0.14\nsetuptools==59.2.0\nwheel\n' | $(COMPILE) --upgrade - -o requirements/opencv.txt
+
+# -- ship it -------------------------------------------------------------------------------------------------
+
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+.PHONY: images
+images: ## build the five container images, each with its SBOM in dist/; IMAGES="api webapp" builds some, PIP_INDEX_URL names an index
+	@docker/build $(VERSION) $(IMAGES)
+
+.PHONY: images-again
+images-again: ## build the images a second time, from nothing, and compare them with the first, file by file
+	@NO_CACHE=1 REGISTRY=lawnwatch-again DIST=var/dist-again docker/build $(VERSION) $(IMAGES)
+	for name in $(or $(IMAGES),api webapp pipeline mlflow minio); do
+	  python3 docker/compare.py "lawnwatch/$$name:$(VERSION)" "lawnwatch-again/$$name:$(VERSION)"
+	done
+
+.PHONY: manifests
+manifests: ## k8s/ and the chart's README, from the chart (needs helm)
+	@python3 infra/render_chart.py
+
+.PHONY: secrets
+secrets: ## passwords for `docker compose up`, written into .env once
+	@python3 infra/make_secrets.py
 
 .PHONY: .venv-demo .venv-dev
 .venv-demo:

@@ -5,6 +5,7 @@ Every figure on the pages comes through this module and so from the API over HTT
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -197,10 +198,20 @@ class Api:
         key: API key, empty where none is required.
         predict_timeout: seconds to wait for the answer to a picture.
         read_timeout: seconds to wait for anything else.
+        failed: is told of every call that gave no answer, before the error is raised.
     """
 
-    def __init__(self, url: str, *, key: str = "", predict_timeout: float = 35.0, read_timeout: float = 8.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        key: str = "",
+        predict_timeout: float = 35.0,
+        read_timeout: float = 8.0,
+        failed: Callable[[ApiError], None] | None = None,
+    ) -> None:
         self.url = url.rstrip("/")
+        self._failed = failed
         self._predict_timeout = httpx.Timeout(predict_timeout, connect=3.0)
         # The address is an operator's; a proxy from the environment would only send pictures somewhere else.
         self._http = httpx.Client(
@@ -262,7 +273,7 @@ class Api:
             path: the `image_url` of a record; anything but a path below the API is refused.
         """
         if not path.startswith("/") or path.startswith("//"):
-            raise Garbled(f"The API named a picture outside itself: {path!r}.", code="garbled")
+            raise self._told(Garbled(f"The API named a picture outside itself: {path!r}.", code="garbled"))
         return self._send("GET", path).content
 
     def _send(self, method: str, path: str, **wanted: Any) -> httpx.Response:
@@ -270,17 +281,23 @@ class Api:
             response = self._http.request(method, path, **wanted)
         except httpx.TimeoutException as error:
             if isinstance(error, httpx.ConnectTimeout):
-                raise self._unreachable() from error
-            raise TooSlow(
+                raise self._told(self._unreachable()) from error
+            slow = TooSlow(
                 "The API did not answer in time.",
                 hint="It may be busy or starting. Wait a moment and try again.",
                 code="slow",
-            ) from error
+            )
+            raise self._told(slow) from error
         except (httpx.TransportError, httpx.InvalidURL) as error:
-            raise self._unreachable() from error
+            raise self._told(self._unreachable()) from error
         if response.is_success:
             return response
-        raise _refusal(response)
+        raise self._told(_refusal(response))
+
+    def _told(self, error: ApiError) -> ApiError:
+        if self._failed is not None:
+            self._failed(error)
+        return error
 
     def _unreachable(self) -> Unreachable:
         return Unreachable(
@@ -293,11 +310,12 @@ class Api:
         try:
             return kind.model_validate_json(response.content)
         except ValidationError as error:
-            raise Garbled(
+            garbled = Garbled(
                 f"What answers at {self.url} is not the API this page was made for.",
                 hint="Check LAWNWATCH_API_URL, and that the page and the API are of the same release.",
                 code="garbled",
-            ) from error
+            )
+            raise self._told(garbled) from error
 
 
 def _refusal(response: httpx.Response) -> Refused:

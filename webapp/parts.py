@@ -13,6 +13,7 @@ import streamlit as st
 from PIL import Image, ImageOps
 from pydantic import ValidationError
 
+import metrics
 from api import Api, ApiError, Interval, ModelInfo, Refused, TooSlow, Unreachable
 from settings import WebSettings
 
@@ -35,6 +36,7 @@ def api() -> Api:
         key=settings.api_key.get_secret_value(),
         predict_timeout=settings.webapp_timeout,
         read_timeout=settings.webapp_read_timeout,
+        failed=metrics.failed,
     )
 
 

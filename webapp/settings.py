@@ -19,3 +19,5 @@ class WebSettings(BaseSettings):
     webapp_read_timeout: float = Field(
         8.0, gt=0, description="Seconds the web app waits for anything else, such as the state of the model."
     )
+    webapp_metrics_host: str = Field("127.0.0.1", description="Where the web app's metrics listen.")
+    webapp_metrics_port: int = Field(9106, ge=1, le=65535, description="Their port; `webapp/serve.py` opens it.")

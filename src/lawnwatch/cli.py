@@ -656,7 +656,12 @@ def release_command(
 @rollout_app.command("start", epilog="Example: lawnwatch rollout start --version 3")
 def rollout_start(
     version: Annotated[str, typer.Option(help="Version number or alias.")] = "champion",
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds until the API must serve it.")] = 60.0,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            min=1, help="Seconds until the API must serve it; 60, or on Kubernetes while the Deployment progresses."
+        ),
+    ] = None,
 ) -> None:
     """Point the service at a released version and wait until it serves it; else put the old one back."""
     from lawnwatch import release, rollout
@@ -701,7 +706,12 @@ def rollout_history() -> None:
 
 @rollout_app.command("undo", epilog="Example: lawnwatch rollout undo")
 def rollout_undo(
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds until the API must serve it.")] = 60.0,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            min=1, help="Seconds until the API must serve it; 60, or on Kubernetes while the Deployment progresses."
+        ),
+    ] = None,
 ) -> None:
     """Serve the version that was served before the last completed rollout."""
     from lawnwatch import rollout
@@ -720,6 +730,15 @@ def serve_command(
     settings = get_settings()
     given = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     run(settings.model_copy(update={"serving": settings.serving.model_copy(update=given)}))
+
+
+@app.command("exporter", epilog="Example: lawnwatch exporter")
+def exporter_command() -> None:
+    """Export facts of the pipelines as Prometheus metrics until a signal ends it."""
+    from lawnwatch import exporter
+
+    settings = get_settings()
+    exporter.serve(settings, Catalog(settings))  # not migrated here: it watches, and must start before the database
 
 
 @predictions_app.command("prune", epilog="Example: lawnwatch predictions prune --days 30")

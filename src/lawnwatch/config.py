@@ -9,10 +9,19 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import unquote, urlsplit
 
-from pydantic import AliasChoices, BaseModel, Field, IPvAnyNetwork, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    IPvAnyNetwork,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError as UnreadableSettings
 
@@ -171,6 +180,10 @@ class ServingSettings(BaseModel):
     )
     record_sample: float = Field(0.05, ge=0, le=1, description="Share of the pictures that `sampled` keeps.")
     record_queue: int = Field(1000, ge=1, description="Predictions that may wait to be recorded; more are dropped.")
+    model_version: Annotated[int | None, BeforeValidator(lambda given: None if given == "" else given)] = Field(
+        None, ge=1, description="On Kubernetes: version of the model to serve; the pod template says it."
+    )
+    model_sha256: str = Field("", description="On Kubernetes: bundle to serve, 64 hexadecimal digits; as above.")
     retention_days: int = Field(
         90,
         ge=0,
@@ -193,6 +206,35 @@ class ServingSettings(BaseModel):
     trusted_proxies: list[IPvAnyNetwork] = Field(
         [], description="Networks of proxies whose X-Forwarded-For names the client (JSON list), such as 10.0.0.0/8."
     )
+
+
+class RolloutSettings(BaseModel):
+    """Where a model is put into service."""
+
+    target: Literal["local", "kubernetes"] = Field(
+        "local",
+        description="`local`: a pointer in the store that the API follows; `kubernetes`: the pod template of the API's "
+        "Deployment.",
+    )
+    deployment: str = Field("lawnwatch-api", description="Name of the API's Deployment.")
+    namespace: str = Field("", description="Its namespace; empty: the one this pod runs in.")
+    service_account: str = Field("", description="Service account of the rollout's pods; empty: that of all steps.")
+
+
+class ExporterSettings(BaseModel):
+    """The exporter of pipeline facts."""
+
+    host: str = Field("127.0.0.1", description="Address the exporter listens on.")
+    port: int = Field(9105, description="Port the exporter listens on.")
+    airflow_url: str = Field("", description="Airflow's API server, such as `http://airflow:8080`; empty: not asked.")
+    airflow_password: SecretStr = Field(SecretStr(""), description="Password of Airflow's user `admin`.")
+
+
+class StepResources(BaseModel):
+    """What the pod of a step asks for."""
+
+    cpu: str = Field(description="CPU request, such as `500m`; there is no limit.")
+    memory: str = Field(description="Memory request and limit, such as `2Gi`.")
 
 
 class Settings(BaseSettings):
@@ -238,6 +280,11 @@ class Settings(BaseSettings):
         None,
         description="Folder for a step's metrics, for Prometheus' textfile collector; unset: nowhere.",
     )
+    step_resources: dict[str, StepResources] = Field(
+        {},
+        description="On Kubernetes: what a step's pod asks for, by the step's first word, such as "
+        '`{"train": {"cpu": "1", "memory": "3Gi"}}`; the others ask for what `pipeline.py` says.',
+    )
     run_id: str = Field("", description="Bound to every log line; Airflow's tasks set it to the DAG run's id.")
     fetch: FetchSettings = FetchSettings()
     images: ImageSettings = ImageSettings()
@@ -246,6 +293,8 @@ class Settings(BaseSettings):
     train: TrainSettings = TrainSettings()
     gate: GateSettings = GateSettings()
     serving: ServingSettings = ServingSettings()
+    rollout: RolloutSettings = RolloutSettings()
+    exporter: ExporterSettings = ExporterSettings()
 
     @model_validator(mode="after")
     def _settle(self) -> Settings:

@@ -26,6 +26,7 @@ from airflow.sdk.configuration import conf
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
 
 from lawnwatch import errors
+from lawnwatch.config import get_settings
 
 SNAPSHOT = Asset(name="lawnwatch_snapshot", uri="lawnwatch://snapshot")
 RELEASE = Asset(name="lawnwatch_release", uri="lawnwatch://release")
@@ -215,14 +216,22 @@ def _pod(first_word: str) -> dict[str, Any]:
     """The resources of a step as a pod override, where tasks are pods."""
     if "KubernetesExecutor" not in conf.get("core", "executor"):
         return {}
-    from kubernetes.client import models  # type: ignore[import-not-found]  # only in the cluster's image
+    from kubernetes.client import models  # only in the cluster's image
 
+    settings = get_settings()
     cpu, memory = RESOURCES.get(first_word, SMALL)
+    if first_word in settings.step_resources:
+        asked = settings.step_resources[first_word]
+        cpu, memory = asked.cpu, asked.memory
     container = models.V1Container(
         name="base",
         resources=models.V1ResourceRequirements(requests={"cpu": cpu, "memory": memory}, limits={"memory": memory}),
     )
-    pod = models.V1Pod(spec=models.V1PodSpec(containers=[container]))
+    spec = models.V1PodSpec(containers=[container])
+    if first_word == "rollout":  # the only step that Kubernetes answers
+        spec.service_account_name = settings.rollout.service_account or None
+        spec.automount_service_account_token = True
+    pod = models.V1Pod(spec=spec)
     return {"executor_config": {"pod_override": pod}}
 
 

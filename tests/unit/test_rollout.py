@@ -31,11 +31,19 @@ class Follower:
         self.refuses: set[str] = set()
         self.ignores: set[str] = set()
         self.current: dict[str, Any] | None = None
+        self.answers = {"a": 1.0, "b": 0.0}  # what `publish` recorded as golden
         follower = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 body = json.dumps(follower.info()).encode()
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                body = json.dumps({"model": follower.current, "probabilities": follower.answers}).encode()
                 self.send_response(200)
                 self.end_headers()
                 self.wfile.write(body)
@@ -258,7 +266,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, world: World, method: str) -> None:
     world.abandon()
 
 
-@pytest.mark.parametrize("method", ["_watch", "_finish", "_restore"])
+@pytest.mark.parametrize("method", ["_fault", "_finish", "_restore"])
 def test_a_rollout_whose_driver_was_killed_is_resumed(
     world: World, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -276,7 +284,7 @@ def test_a_rollout_whose_driver_was_killed_is_superseded_and_never_gone_back_to(
 ) -> None:
     world.rollout().start(world.v1, timeout=5)
     world.follower.ignores.add(world.v2.stable.sha256)
-    kill_at(monkeypatch, world, "_watch")
+    kill_at(monkeypatch, world, "_fault")
     assert read_target(world.store) == world.v2
     world.follower.ignores.add(world.v3.stable.sha256)
     with pytest.raises(RolloutFailed, match="v1 goes on serving"):
@@ -327,6 +335,10 @@ def test_verify_asks_what_a_client_would(world: World) -> None:
         rollout.verify(world.settings, world.store)
     world.rollout().start(world.v1, timeout=5)
     assert rollout.verify(world.settings, world.store).model_version == 1
+    world.follower.answers = {"a": 0.6, "b": 0.4}
+    with pytest.raises(RolloutFailed, match="golden answers"):
+        rollout.verify(world.settings, world.store, timeout=0.5)
+    world.follower.answers = {"a": 1.0, "b": 0.0}
     world.follower.ignores.add(world.v2.stable.sha256)
     world.rollout().start(world.v2, timeout=5, wait=False)
     with pytest.raises(RolloutFailed, match=r"v2 .* it serves another model"):

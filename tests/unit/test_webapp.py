@@ -25,7 +25,7 @@ from streamlit.testing.v1 import AppTest
 pytestmark = pytest.mark.unit
 
 WEBAPP = Path(__file__).resolve().parents[2] / "webapp"
-OURS = ("api", "charts", "parts", "settings")
+OURS = ("api", "charts", "metrics", "parts", "settings")
 SHA = "3f" * 32
 Answer = tuple[int, dict[str, str], bytes]
 
@@ -618,8 +618,57 @@ def test_markdown_shows_data_as_it_is_and_commands_as_commands() -> None:
     assert ours("parts").plain("a_b *c* `make demo X=a_b` [d](e)") == r"a\_b \*c\* `make demo X=a_b` \[d\](e)"
 
 
+# ── what the page counts ────────────────────────────────────────────────────────────────────────────────────
+
+
+def counted(name: str, **labels: str) -> float | None:
+    value: float | None = ours("metrics").registry.get_sample_value(name, labels)
+    return value
+
+
+def test_an_upload_is_counted_and_timed_once_with_its_outcome(stub: Stub) -> None:
+    app = upload(open_page("predict"), jpeg())
+    app.run()
+    assert counted("lawnwatch_web_uploads_total", outcome="answered") == 1
+    assert counted("lawnwatch_web_upload_seconds_count") == 1
+    stub.answers["/predict"] = lambda: as_json(prediction(label="unknown"))
+    upload(app, jpeg(colour="red"))
+    assert counted("lawnwatch_web_uploads_total", outcome="unknown") == 1
+    assert counted("lawnwatch_web_uploads_total", outcome="failed") == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (problem(422, "corrupt", "x"), "refused"),
+        (problem(503, "no_model", "x"), "no_model"),
+        (problem(503, "overloaded", "x"), "server"),
+        ((200, {"content-type": "text/html"}, b"<h1>Another program</h1>"), "garbled"),
+    ],
+    ids=["refused", "no_model", "server", "garbled"],
+)
+def test_an_error_of_the_api_is_counted_by_a_kind_of_a_closed_set(stub: Stub, answer: Answer, kind: str) -> None:
+    stub.answers["/predict"] = lambda: answer
+    upload(open_page("predict"), jpeg())
+    metrics = ours("metrics")
+    assert {each: counted("lawnwatch_web_api_errors_total", kind=each) for each in metrics.KINDS} == {
+        each: float(each == kind) for each in metrics.KINDS
+    }
+    assert counted("lawnwatch_web_uploads_total", outcome="failed") == 1
+
+
+def test_an_api_that_is_down_or_slow_is_counted(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAWNWATCH_WEBAPP_READ_TIMEOUT", "0.1")
+    stub.delay = 0.4
+    app = open_page("predict")
+    assert counted("lawnwatch_web_api_errors_total", kind="slow") == 1
+    stub.close()
+    app.run()
+    assert counted("lawnwatch_web_api_errors_total", kind="unreachable") == 1
+
+
 def test_the_web_app_needs_nothing_of_lawnwatch() -> None:
-    """Its image installs Streamlit, httpx and pydantic-settings; an import of lawnwatch would break there."""
+    """Its image installs Streamlit and a few small packages; an import of lawnwatch would break there."""
     for source in WEBAPP.rglob("*.py"):
         for node in ast.walk(ast.parse(source.read_text())):
             names = [each.name for each in node.names] if isinstance(node, ast.Import) else []

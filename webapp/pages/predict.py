@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from html import escape
 
 import streamlit as st
 
+import metrics
 import parts
 from api import Api, ApiError, Prediction
 
@@ -18,11 +20,13 @@ def ask(client: Api, key: str, picture: bytes, content_type: str) -> Prediction 
     Its explanation comes with it, so that showing it later makes no second prediction.
     """
     if st.session_state.get("asked") != key:
+        begun = time.monotonic()
         with st.spinner("Looking at the picture …"):
             try:
                 st.session_state["answer"] = client.predict(picture, content_type, explain=True)
             except ApiError as error:
                 st.session_state["answer"] = error
+        metrics.uploaded(st.session_state["answer"], time.monotonic() - begun)
         st.session_state["asked"] = key
     answer: Prediction | ApiError = st.session_state["answer"]
     return answer

@@ -20,7 +20,7 @@ from typing import cast
 from lawnwatch import bundle, log
 from lawnwatch.config import Settings
 from lawnwatch.errors import IntegrityError, LawnwatchError, NoModel, Unavailable
-from lawnwatch.rollout import TargetEntry, read_target
+from lawnwatch.rollout import TargetEntry, target_of_process
 from lawnwatch.serving.predictor import Predictor
 from lawnwatch.store import ObjectStore
 
@@ -114,7 +114,7 @@ class ModelWatcher:
         try:
             if self._store is None:
                 self._store = self._open_store()
-            pointer = read_target(self._store)
+            pointer = target_of_process(self._settings, self._store)
         except Unavailable as error:
             self._store_is_down(error)
             return

@@ -1,0 +1,160 @@
+{{- define "lawnwatch.name" -}}
+{{- if contains "lawnwatch" .Release.Name }}{{ .Release.Name | trunc 40 | trimSuffix "-" }}{{ else }}{{ printf "%s-lawnwatch" .Release.Name | trunc 40 | trimSuffix "-" }}{{ end -}}
+{{- end }}
+
+{{- /* Labels of a part: (list $ "api"). */}}
+{{- define "lawnwatch.labels" -}}
+{{- $root := index . 0 -}}
+helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
+app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ $root.Release.Service }}
+app.kubernetes.io/part-of: lawnwatch
+{{ include "lawnwatch.selector" . }}
+{{- end }}
+
+{{- define "lawnwatch.selector" -}}
+{{- $root := index . 0 -}}
+app.kubernetes.io/name: lawnwatch
+app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/component: {{ index . 1 }}
+{{- end }}
+
+{{- define "lawnwatch.image" -}}
+{{- $root := index . 0 -}}
+image: {{ printf "%s/%s:%s" $root.Values.image.registry (index . 1) ($root.Values.image.tag | default $root.Chart.AppVersion) | quote }}
+imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+{{- end }}
+
+{{- /* Pod Security "restricted", for every pod: (list $ uid serviceAccount). */}}
+{{- define "lawnwatch.pod" -}}
+{{- $root := index . 0 -}}
+serviceAccountName: {{ printf "%s-%s" (include "lawnwatch.name" $root) (index . 2) }}
+automountServiceAccountToken: {{ has (index . 2) (list "airflow" "rollout" "secrets") }}
+{{- with $root.Values.image.pullSecrets }}
+imagePullSecrets: {{- range . }}
+  - name: {{ . }}
+{{- end }}
+{{- end }}
+securityContext:
+  runAsNonRoot: true
+  runAsUser: {{ index . 1 }}
+  runAsGroup: {{ index . 1 }}
+  fsGroup: {{ index . 1 }}
+  fsGroupChangePolicy: OnRootMismatch
+  seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
+{{- define "lawnwatch.container" -}}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities: {drop: [ALL]}
+{{- end }}
+
+{{- define "lawnwatch.mysqlSecret" -}}{{ .Values.secrets.mysql | default (printf "%s-mysql" (include "lawnwatch.name" .)) }}{{- end }}
+{{- define "lawnwatch.storeSecret" -}}{{ .Values.secrets.store | default (printf "%s-store" (include "lawnwatch.name" .)) }}{{- end }}
+{{- define "lawnwatch.airflowSecret" -}}{{ .Values.secrets.airflow | default (printf "%s-airflow" (include "lawnwatch.name" .)) }}{{- end }}
+
+{{- define "lawnwatch.mysqlHost" -}}
+{{- if .Values.mysql.enabled }}{{ include "lawnwatch.name" . }}-mysql{{ else }}{{ required "mysql.host is needed when mysql.enabled is false" .Values.mysql.host }}{{ end -}}
+{{- end }}
+
+{{- define "lawnwatch.storeEndpoint" -}}
+{{- if .Values.minio.enabled }}http://{{ include "lawnwatch.name" . }}-minio:9000{{ else }}{{ required "minio.endpoint is needed when minio.enabled is false" .Values.minio.endpoint }}{{ end -}}
+{{- end }}
+
+{{- define "lawnwatch.secretEnv" -}}
+- name: {{ index . 0 }}
+  valueFrom: {secretKeyRef: {name: {{ index . 1 }}, key: {{ index . 2 }}}}
+{{- end }}
+
+{{- /* The settings of lawnwatch: API and every step. */}}
+{{- define "lawnwatch.env" -}}
+{{- $name := include "lawnwatch.name" . -}}
+{{ include "lawnwatch.secretEnv" (list "DATABASE_PASSWORD" (include "lawnwatch.mysqlSecret" .) "lawnwatch-password") }}
+{{ include "lawnwatch.secretEnv" (list "LAWNWATCH_STORE_SECRET_KEY" (include "lawnwatch.storeSecret" .) "lawnwatch-secret-key") }}
+- {name: LAWNWATCH_ENVIRONMENT, value: {{ .Values.environment | quote }}}
+- {name: LAWNWATCH_DATABASE_URL, value: "mysql+pymysql://lawnwatch:$(DATABASE_PASSWORD)@{{ include "lawnwatch.mysqlHost" . }}:{{ .Values.mysql.port }}/lawnwatch"}
+- {name: LAWNWATCH_STORE_URL, value: "s3://{{ .Values.minio.buckets.lawnwatch }}"}
+- {name: LAWNWATCH_STORE_ENDPOINT, value: {{ include "lawnwatch.storeEndpoint" . | quote }}}
+- {name: LAWNWATCH_STORE_REGION, value: {{ .Values.minio.region | quote }}}
+- {name: LAWNWATCH_STORE_ACCESS_KEY, value: {{ .Values.minio.accessKeys.lawnwatch | quote }}}
+- {name: MLFLOW_TRACKING_URI, value: "http://{{ $name }}-mlflow:5000"}
+- {name: LAWNWATCH_API_URL, value: "http://{{ $name }}-api:8000"}
+- {name: LAWNWATCH_ROLLOUT__TARGET, value: kubernetes}
+- {name: LAWNWATCH_ROLLOUT__DEPLOYMENT, value: {{ $name }}-api}
+- {name: LAWNWATCH_ROLLOUT__NAMESPACE, value: {{ .Release.Namespace }}}
+- {name: LAWNWATCH_ROLLOUT__SERVICE_ACCOUNT, value: {{ $name }}-rollout}
+- {name: LAWNWATCH_LOG_JSON, value: "true"}
+{{- range $key, $value := .Values.env }}
+- {name: {{ $key }}, value: {{ $value | quote }}}
+{{- end }}
+{{- end }}
+
+{{- /* What Airflow's own processes and its task pods share. */}}
+{{- define "lawnwatch.taskEnv" -}}
+{{- $name := include "lawnwatch.name" . -}}
+{{ include "lawnwatch.env" . }}
+- {name: LAWNWATCH_WEIGHTS, value: {{ .Values.weights | quote }}}
+- {name: LAWNWATCH_STEP_RESOURCES, value: {{ .Values.airflow.steps | toJson | quote }}}
+- {name: MLFLOW_HTTP_REQUEST_MAX_RETRIES, value: "4"}
+- {name: MLFLOW_HTTP_REQUEST_TIMEOUT, value: "30"}
+{{ include "lawnwatch.secretEnv" (list "AIRFLOW_STORE_SECRET_KEY" (include "lawnwatch.storeSecret" .) "airflow-secret-key") }}
+{{ include "lawnwatch.secretEnv" (list "AIRFLOW__CORE__FERNET_KEY" (include "lawnwatch.airflowSecret" .) "fernet-key") }}
+- {name: AIRFLOW__CORE__EXECUTOR, value: KubernetesExecutor}
+- {name: AIRFLOW__CORE__EXECUTION_API_SERVER_URL, value: "http://{{ $name }}-airflow-api:8080/execution/"}
+- {name: AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION, value: "false"}
+- {name: AIRFLOW__CORE__PARALLELISM, value: {{ .Values.airflow.parallelism | quote }}}
+- {name: AIRFLOW__LOGGING__REMOTE_LOGGING, value: "true"}
+- {name: AIRFLOW__LOGGING__REMOTE_BASE_LOG_FOLDER, value: "s3://{{ .Values.minio.buckets.airflow }}/logs"}
+- {name: AIRFLOW__LOGGING__REMOTE_LOG_CONN_ID, value: lawnwatch_logs}
+- name: AIRFLOW_CONN_LAWNWATCH_LOGS
+  value: '{"conn_type": "aws", "login": {{ .Values.minio.accessKeys.airflow | quote }}, "password": "$(AIRFLOW_STORE_SECRET_KEY)", "extra": {"endpoint_url": {{ include "lawnwatch.storeEndpoint" . | quote }}, "region_name": {{ .Values.minio.region | quote }}}}'
+{{- end }}
+
+{{- /* Airflow's own processes: they alone reach its database and know its keys. */}}
+{{- define "lawnwatch.airflowEnv" -}}
+{{- $name := include "lawnwatch.name" . -}}
+{{ include "lawnwatch.taskEnv" . }}
+{{ include "lawnwatch.secretEnv" (list "AIRFLOW_DATABASE_PASSWORD" (include "lawnwatch.mysqlSecret" .) "airflow-password") }}
+{{ include "lawnwatch.secretEnv" (list "AIRFLOW__API__SECRET_KEY" (include "lawnwatch.airflowSecret" .) "api-secret-key") }}
+{{ include "lawnwatch.secretEnv" (list "AIRFLOW__API_AUTH__JWT_SECRET" (include "lawnwatch.airflowSecret" .) "jwt-secret") }}
+- {name: AIRFLOW__DATABASE__SQL_ALCHEMY_CONN, value: "mysql+mysqldb://airflow:$(AIRFLOW_DATABASE_PASSWORD)@{{ include "lawnwatch.mysqlHost" . }}:{{ .Values.mysql.port }}/airflow"}
+- {name: AIRFLOW__DATABASE__SQL_ALCHEMY_CONN_ASYNC, value: "mysql+aiomysql://airflow:$(AIRFLOW_DATABASE_PASSWORD)@{{ include "lawnwatch.mysqlHost" . }}:{{ .Values.mysql.port }}/airflow"}
+- {name: AIRFLOW__API__WORKERS, value: {{ .Values.airflow.workers | quote }}}
+- {name: AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS, value: "admin:admin"}
+- {name: AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE, value: /opt/airflow/passwords.json}
+- {name: AIRFLOW__KUBERNETES_EXECUTOR__NAMESPACE, value: {{ .Release.Namespace }}}
+- {name: AIRFLOW__KUBERNETES_EXECUTOR__POD_TEMPLATE_FILE, value: /etc/lawnwatch/pod.yaml}
+- {name: AIRFLOW__KUBERNETES_EXECUTOR__DELETE_WORKER_PODS_ON_FAILURE, value: "true"}
+- {name: AIRFLOW__KUBERNETES_EXECUTOR__WORKER_PODS_CREATION_BATCH_SIZE, value: "4"}
+- {name: AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT, value: "120"}
+{{- range $key, $value := .Values.airflow.env }}
+- {name: {{ $key }}, value: {{ $value | quote }}}
+{{- end }}
+{{- end }}
+
+{{- define "lawnwatch.writableMounts" -}}
+- {name: tmp, mountPath: /tmp}
+- {name: home, mountPath: /var/lib/lawnwatch}
+- {name: airflow, mountPath: /opt/airflow}
+{{- end }}
+
+{{- define "lawnwatch.writableVolumes" -}}
+- {name: tmp, emptyDir: {}}
+- {name: home, emptyDir: {}}
+- {name: airflow, emptyDir: {}}
+{{- end }}
+
+{{- /* The Secrets that are made here, with their keys, as JSON; one that a value names is somebody else's. */}}
+{{- define "lawnwatch.secretKeys" -}}
+{{- $wanted := dict
+  "mysql" (list "root-password" "lawnwatch-password" "airflow-password" "mlflow-password")
+  "store" (list "root-user" "root-password" "lawnwatch-secret-key" "airflow-secret-key" "mlflow-secret-key")
+  "airflow" (list "fernet-key" "api-secret-key" "jwt-secret" "admin-password") }}
+{{- $made := dict }}
+{{- range $part, $keys := $wanted }}
+{{- if not (index $.Values.secrets $part) }}{{ $_ := set $made (printf "%s-%s" (include "lawnwatch.name" $) $part) $keys }}{{ end }}
+{{- end }}
+{{- toJson $made }}
+{{- end }}

@@ -1,0 +1,428 @@
+"""The whole platform on a real cluster, from an empty namespace on: `make test-cluster`.
+
+The tests are one story and run in order: each stands on what the ones before have made. KUBECONFIG names a cluster
+whose nodes hold the images (`make images`, then `kind load docker-image …`), with metrics-server and a default
+StorageClass, and NodePort 30800 on this machine's loopback (kind: `extraPortMappings`), from where the load comes.
+LAWNWATCH_TEST_WEIGHTS is a weights file inside the pipeline image; without one a simpler model is trained.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import NAMESPACE, RELEASE, ROOT, Cluster, until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
+
+FIRST_PER_LABEL = 100
+Note = Callable[[str, Any], None]
+
+
+@pytest.fixture(scope="module")
+def cluster(photos: Path) -> Cluster:
+    return Cluster(
+        images=os.environ.get("LAWNWATCH_TEST_REGISTRY", "lawnwatch"),
+        tag=os.environ.get("LAWNWATCH_TEST_TAG", "0.1.0"),
+        weights=os.environ.get("LAWNWATCH_TEST_WEIGHTS", "none"),
+        photos=photos,
+    )
+
+
+@pytest.fixture(scope="module")
+def note() -> Iterator[Note]:
+    """Figures of this run, on the terminal and in var/cluster.json."""
+    figures: dict[str, Any] = {}
+
+    def keep(name: str, value: Any) -> None:
+        figures[name] = value
+        sys.stdout.write(f"\n  {name}: {value}\n")
+
+    yield keep
+    file = ROOT / "var/cluster.json"
+    file.parent.mkdir(exist_ok=True)
+    known = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(known | figures, indent=1))
+
+
+# ── 1. from nothing ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_1_everything_but_the_api_is_ready_within_five_minutes(cluster: Cluster, note: Note) -> None:
+    manifest = (ROOT / "k8s/00-namespace.yaml").read_bytes()
+    assert f"name: {NAMESPACE}" in manifest.decode()
+    cluster.kubectl("apply", "-f", "-", stdin=manifest)  # it enforces the restricted Pod Security Standard
+    begun = time.monotonic()
+    cluster.install()
+    cluster.settled(600, but=(f"{RELEASE}-api",))
+    seconds = time.monotonic() - begun
+    note("seconds from helm install to all but the API ready", round(seconds))
+    cluster.make_world()
+    assert seconds <= 300
+
+
+def test_1_every_pod_fits_two_cores_and_twelve_gigabytes(cluster: Cluster, note: Note) -> None:
+    (node,) = [each["metadata"]["name"] for each in cluster.get("nodes")["items"]][:1]
+    asked = cluster.kubectl("describe", "node", node).partition("Allocated resources")[2]
+    note("requests", " ".join(asked.split()[:40]))
+    pending = [pod["metadata"]["name"] for pod in cluster.get("pods")["items"] if pod["status"]["phase"] == "Pending"]
+    assert not pending
+
+
+def test_1_the_api_says_that_there_is_no_model_yet(cluster: Cluster) -> None:
+    (pod,) = cluster.pods("api")
+    assert not cluster.ready(pod)
+    status, info = cluster.world("ask", f"http://{pod['status']['podIP']}:8000/model/info")
+    assert (status, info["state"]) == (200, "no_model")
+    assert cluster.model() == {}
+
+
+def test_1_the_first_release_makes_the_api_ready(cluster: Cluster, note: Note) -> None:
+    cluster.import_photos(FIRST_PER_LABEL)
+    begun = time.monotonic()
+    known = {dag: cluster.runs(dag) for dag in ("training_pipeline", "inference_pipeline")}
+    run, state = cluster.run_dag("data_pipeline", 900)
+    assert state == "success", cluster.tasks("data_pipeline", run)
+    run, state = cluster.next_run("training_pipeline", known["training_pipeline"], 1200)
+    tasks = cluster.tasks("training_pipeline", run)
+    assert (state, tasks["promote"]) == ("success", "success"), tasks
+    run, state = cluster.next_run("inference_pipeline", known["inference_pipeline"], 600)
+    assert state == "success", cluster.tasks("inference_pipeline", run)
+    note("seconds from a trigger to the first model in service", round(time.monotonic() - begun))
+    status, info = cluster.api("/model/info")
+    assert (status, info["model"]["version"]) == (200, 1)
+    assert cluster.model()["lawnwatch.io/model-sha256"] == info["model"]["sha256"]
+    # `helm test` asks real pictures through the Service.
+    assert "Phase:          Succeeded" in cluster.helm("test", RELEASE, "--timeout=5m")
+
+
+def test_1_a_pod_is_ready_within_seconds(cluster: Cluster, note: Note) -> None:
+    (before,) = cluster.pods("api")
+    cluster.kubectl("scale", f"deployment/{RELEASE}-api", "--replicas=2")
+    new = until("a second pod is ready", 60, lambda: [
+        pod for pod in cluster.pods("api") if pod["metadata"]["uid"] != before["metadata"]["uid"] and cluster.ready(pod)
+    ], every=0.5)[0]  # fmt: skip
+    seconds = _start_to_ready(new)
+    note("seconds from container start to ready, without the bundle in the cache", seconds)
+    assert seconds <= 10
+    # A container that ends is started again in its pod, whose folder holds the verified copy.
+    name = new["metadata"]["name"]
+    cluster.kubectl("exec", name, "--", "python", "-c", "import os, signal; os.kill(1, signal.SIGTERM)", check=False)
+
+    def again() -> Any:
+        pod = cluster.get("pod", name)
+        return pod if pod["status"]["containerStatuses"][0]["restartCount"] == 1 and cluster.ready(pod) else None
+
+    seconds = _start_to_ready(until("the container is back", 120, again, every=0.5))
+    note("seconds from container start to ready, with the bundle in the cache", seconds)
+    cluster.kubectl("scale", f"deployment/{RELEASE}-api", "--replicas=1")
+    until("one pod is left", 180, lambda: len(cluster.pods("api")) == 1 or None)
+    assert seconds <= 3
+
+
+def _start_to_ready(pod: Any) -> float:
+    started = pod["status"]["containerStatuses"][0]["state"]["running"]["startedAt"]
+    (ready,) = [one for one in pod["status"]["conditions"] if one["type"] == "Ready"]
+    return datetime.fromisoformat(ready["lastTransitionTime"]).timestamp() - datetime.fromisoformat(started).timestamp()
+
+
+# ── 2. a better model ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_2_more_photos_make_a_better_model_and_no_request_fails_meanwhile(cluster: Cluster, note: Note) -> None:
+    cluster.import_photos(10_000)
+    before = cluster.model()
+    known = cluster.runs("inference_pipeline")
+    with cluster.load(900, clients=4, rate=10) as counts:
+        cluster.lawnwatch("ingest")
+        cluster.lawnwatch("snapshot", "create")
+        run, state = cluster.run_dag("training_pipeline", 1200, force=True, reason="twice the photos", budget=120)
+        tasks = cluster.tasks("training_pipeline", run)
+        said = cluster.said("training_pipeline", run, "evaluate")
+        assert (state, tasks["promote"]) == ("success", "success"), (tasks, said)
+        _, state = cluster.next_run("inference_pipeline", known, 600)
+        assert state == "success"
+        counted = counts()
+    note("verdict on the second model", said)
+    note("requests while the second model was trained and rolled out", counted)
+    assert cluster.model()["lawnwatch.io/model-version"] == "2"
+    assert cluster.model() != before
+    assert counted["failures"] == {}
+    assert set(counted["versions"]) == {"1", "2"}
+
+
+def test_42_rolling_there_and_back_under_load_fails_no_request(cluster: Cluster, note: Note) -> None:
+    with cluster.load(330, clients=8, rate=40) as counts:
+        for _ in range(3):
+            cluster.lawnwatch("rollout", "undo")
+            cluster.lawnwatch("rollout", "undo")
+        counted = counts(whole=True)
+    note("requests during six rollouts", counted)
+    assert counted["failures"] == {}
+    assert counted["answered"] >= 10_000
+    assert cluster.model()["lawnwatch.io/model-version"] == "2"
+
+
+# ── 3. a model that must not serve ──────────────────────────────────────────────────────────────────────────
+
+# The released bundle once more, with the answers of its golden pictures exchanged: whole, and wrong.
+LIE = """
+import json
+from lawnwatch import bundle, registry, release
+from lawnwatch.config import get_settings
+from lawnwatch.catalog import Catalog
+from lawnwatch.store import open_store
+settings = get_settings(); catalog, store = Catalog(settings), open_store(settings)
+good = release.find(settings, catalog, store)
+found = bundle.read(store, good.sha256)
+golden = [one.model_copy(update={"probabilities": dict(zip(one.probabilities, reversed(one.probabilities.values())))})
+          for one in found.manifest.golden]
+meta = found.manifest.model_copy(update={"golden": golden})
+bad = bundle.write(store, {name: found.bytes_of(name) for name in found.files}, meta)
+registry.tag_version(settings, good.version, "bundle_sha256", bad.sha256)
+print(json.dumps({"version": good.version, "good": good.sha256, "bad": bad.sha256}))
+"""
+TRUTH = """
+import sys
+from lawnwatch import registry
+from lawnwatch.config import get_settings
+registry.tag_version(get_settings(), int(sys.stdin.readline()), "bundle_sha256", sys.stdin.readline().strip())
+"""
+
+
+def test_45_a_bundle_that_cannot_prove_itself_never_serves_and_the_run_says_why(cluster: Cluster, note: Note) -> None:
+    before = cluster.model()
+    made = json.loads(cluster.python(LIE).splitlines()[-1])
+    try:
+        with cluster.load(150, clients=4, rate=10) as counts:
+            run, state = cluster.run_dag("inference_pipeline", 600)
+            counted = counts()
+    finally:
+        cluster.python(TRUTH, stdin=f"{made['version']}\n{made['good']}\n".encode())
+    assert state == "failed", cluster.tasks("inference_pipeline", run)
+    latest = cluster.lawnwatch("rollout", "history")["rollouts"][0]
+    note("why the bad bundle was not rolled out", latest["reason"])
+    assert (latest["state"], latest["sha256"]) == ("failed", made["bad"])
+    assert "golden" in latest["reason"]
+    assert cluster.model() == before
+    assert counted["failures"] == {}
+    assert set(counted["versions"]) == {before["lawnwatch.io/model-version"]}
+    until("the pods of the bad one are gone", 120, lambda: len(cluster.pods("api")) == 1 or None)
+
+
+def test_3_kubectl_rollout_undo_restores_the_previous_model(cluster: Cluster) -> None:
+    served = cluster.model()["lawnwatch.io/model-version"]
+    cluster.lawnwatch("rollout", "undo")
+    assert cluster.model()["lawnwatch.io/model-version"] != served
+    cluster.kubectl("rollout", "undo", f"deployment/{RELEASE}-api")
+    cluster.kubectl("rollout", "status", f"deployment/{RELEASE}-api", "--timeout=120s")
+    assert cluster.model()["lawnwatch.io/model-version"] == served
+    until("the Service answers with it", 30, lambda: cluster.api("/model/info")[1]["model"]["version"] == int(served))
+    # The platform's own words mean the same afterwards.
+    assert str(cluster.lawnwatch("rollout", "status")["target"]["entries"][0]["model_version"]) == served
+
+
+# ── 4. faults ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_43_a_killed_api_pod_is_replaced_and_only_what_it_held_is_lost(cluster: Cluster, note: Note) -> None:
+    cluster.kubectl("scale", f"deployment/{RELEASE}-api", "--replicas=2")
+    until("two pods serve", 120, lambda: len([p for p in cluster.pods("api") if cluster.ready(p)]) == 2 or None)
+    victim = cluster.pods("api")[0]["metadata"]["name"]
+    with cluster.load(45, clients=4, rate=10) as counts:
+        time.sleep(5)
+        cluster.kubectl("delete", "pod", victim, "--grace-period=0", "--force")
+        counted = counts(whole=True)
+    note("requests while a pod was killed", counted)
+    assert sum(counted["failures"].values()) <= 8
+    assert counted["answered"] >= 400
+    assert cluster.model()["lawnwatch.io/model-version"] == next(iter(counted["versions"]))
+
+
+def test_44_an_evicted_api_pod_drains(cluster: Cluster, note: Note) -> None:
+    until("two pods serve", 120, lambda: len([p for p in cluster.pods("api") if cluster.ready(p)]) == 2 or None)
+    victim = cluster.pods("api")[0]["metadata"]["name"]
+    eviction = {
+        "apiVersion": "policy/v1",
+        "kind": "Eviction",
+        "metadata": {"name": victim, "namespace": NAMESPACE},
+    }
+    with cluster.load(45, clients=4, rate=10) as counts:
+        time.sleep(5)
+        cluster.kubectl("create", "--raw", f"/api/v1/namespaces/{NAMESPACE}/pods/{victim}/eviction", "-f", "-",
+                        stdin=json.dumps(eviction).encode())  # fmt: skip
+        counted = counts(whole=True)
+    note("requests while a pod was evicted", counted)
+    assert counted["failures"] == {}
+    cluster.kubectl("scale", f"deployment/{RELEASE}-api", "--replicas=1")
+
+
+@pytest.mark.parametrize("server", ["mysql", "minio"])
+def test_28_29_a_restarted_server_loses_nothing(cluster: Cluster, server: str) -> None:
+    before = cluster.lawnwatch("catalog", "status")
+    cluster.kubectl("delete", "pod", f"{RELEASE}-{server}-0", "--grace-period=0", "--force")
+    status, _ = cluster.api("/ready")
+    assert status == 200, "the API serves on without it"
+    cluster.settled(240)
+    assert until("the catalog answers", 90, lambda: cluster.lawnwatch("catalog", "status")) == before
+    assert cluster.lawnwatch("snapshot", "verify")["snapshot"]
+
+
+def test_32_a_training_pod_that_is_killed_is_run_again(cluster: Cluster, note: Note) -> None:
+    with cluster.airflow() as airflow:
+        run = airflow.trigger("training_pipeline", force=True, reason="a pod is killed", budget=60)
+
+        def training() -> str | None:
+            found = cluster.get("pods", "-l", "app.kubernetes.io/component=step")
+            for pod in found["items"]:
+                labels = pod["metadata"]["labels"]
+                if labels.get("task_id") in ("train", "candidate") and pod["status"]["phase"] == "Running":
+                    return str(pod["metadata"]["name"])
+            return None
+
+        victim = until("a training pod runs", 600, training, every=1)
+        time.sleep(10)
+        cluster.kubectl("delete", "pod", victim, "--grace-period=0", "--force")
+    with cluster.airflow() as airflow:
+        state = until("the run ends", 1200, lambda: airflow.state("training_pipeline", run) in ("success", "failed")
+                      and airflow.state("training_pipeline", run), every=5)  # fmt: skip
+        tasks = airflow.tasks("training_pipeline", run)
+    note("tries after a killed training pod", {task.name: task.tries for task in tasks if task.tries > 1})
+    assert state == "success", [(task.name, task.state) for task in tasks]
+    assert any(task.tries > 1 for task in tasks)
+
+
+# ── 5. more load than one pod carries ───────────────────────────────────────────────────────────────────────
+
+
+def test_5_the_autoscaler_adds_pods_under_load_and_takes_them_away(cluster: Cluster, note: Note) -> None:
+    begun = time.monotonic()
+    with cluster.load(150, clients=16, rate=200) as counts:
+        until("a second pod serves", 150, lambda: len([p for p in cluster.pods("api") if cluster.ready(p)]) > 1 or None)
+        note("seconds of load until a second pod serves", round(time.monotonic() - begun))
+        note("requests while pods were added", counts())
+    begun = time.monotonic()
+    until("one pod is left", 420, lambda: len(cluster.pods("api")) == 1 or None, every=5)
+    note("seconds without load until one pod is left", round(time.monotonic() - begun))
+
+
+def test_5_requests_per_second_grow_with_the_pods(cluster: Cluster, note: Note) -> None:
+    """Pods held to a quarter of a core each, so that four of them and the clients fit on a small node."""
+    answered: dict[int, float] = {}
+    limits = "/spec/template/spec/containers/0/resources/limits/cpu"
+    _patch(cluster, "deployment", [{"op": "add", "path": limits, "value": "250m"}])
+    for pods in (1, 2, 4):
+        bounds = [{"op": "replace", "path": f"/spec/{edge}Replicas", "value": pods} for edge in ("max", "min")]
+        _patch(cluster, "hpa", bounds)
+        cluster.kubectl("scale", f"deployment/{RELEASE}-api", f"--replicas={pods}")
+        cluster.kubectl("rollout", "status", f"deployment/{RELEASE}-api", "--timeout=180s")
+        until("so many pods", 180, lambda pods=pods: len(cluster.pods("api")) == pods or None)
+        with cluster.load(30, clients=12, rate=150) as counts:
+            answered[pods] = counts(whole=True)["answered"] / 30
+    _patch(cluster, "deployment", [{"op": "remove", "path": limits}])
+    _patch(cluster, "hpa", [{"op": "replace", "path": "/spec/minReplicas", "value": 1},
+                            {"op": "replace", "path": "/spec/maxReplicas", "value": 3}])  # fmt: skip
+    note("answers a second of 1, 2 and 4 pods of a quarter core", {n: round(rate, 1) for n, rate in answered.items()})
+    note("scaling efficiency of 2 and 4", [round(answered[n] / answered[1] / n, 2) for n in (2, 4)])
+    assert answered[4] / answered[1] / 4 >= 0.6
+    until("one pod is left", 420, lambda: len(cluster.pods("api")) == 1 or None, every=5)
+
+
+def _patch(cluster: Cluster, kind: str, patch: list[dict[str, Any]]) -> None:
+    cluster.kubectl("patch", kind, f"{RELEASE}-api", "--type=json", "-p", json.dumps(patch))
+
+
+# ── monitoring ──────────────────────────────────────────────────────────────────────────────────────────────
+
+# Panels that are rightly empty while nothing bad has happened.
+MAY_BE_EMPTY = {"Refused"}
+
+
+@pytest.mark.parametrize("name", ["principal", "ml", "infrastructure"])
+def test_every_panel_has_data_where_the_platform_runs(cluster: Cluster, name: str) -> None:
+    dashboard = json.loads((ROOT / f"monitoring/dashboards/{name}.json").read_text())
+    with cluster.load(40, clients=2, rate=4) as counts:
+        counts(whole=True)
+    time.sleep(20)
+    empty = [
+        (panel["title"], target["expr"])
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        if panel["title"] not in MAY_BE_EMPTY and not cluster.prometheus(target["expr"])
+    ]
+    assert empty == []
+
+
+def test_every_target_is_up(cluster: Cluster) -> None:
+    down = until(
+        "all targets are scraped", 90, lambda: [each["metric"] for each in cluster.prometheus("up == 0")] or "none"
+    )
+    assert down == "none"
+    jobs = {each["metric"]["job"] for each in cluster.prometheus("up")}
+    assert jobs == {"prometheus", "api", "webapp", "web-sessions", "exporter", "minio"}
+    sources = {each["metric"]["source"] for each in cluster.prometheus("lawnwatch_source_up == 1")}
+    assert sources == {"catalog", "mlflow", "airflow"}
+
+
+def test_52_an_api_that_is_gone_is_an_alert_that_arrives_and_resolves(cluster: Cluster, note: Note) -> None:
+    def alerts(status: str) -> list[Any]:
+        _, received = cluster.world("ask", "http://127.0.0.1:8080/alerts")
+        return [each for each in received if each[0] == "TargetMissing" and each[1] == status]
+
+    begun = time.monotonic()
+    cluster.kubectl("scale", f"deployment/{RELEASE}-api", "--replicas=0")
+    until("the receiver hears of it", 420, lambda: alerts("firing"), every=5)
+    note("seconds from no API to the alert", round(time.monotonic() - begun))
+    begun = time.monotonic()
+    cluster.kubectl("scale", f"deployment/{RELEASE}-api", "--replicas=1")
+    until("it is resolved", 420, lambda: alerts("resolved"), every=5)
+    note("seconds from a new API to its end", round(time.monotonic() - begun))
+
+
+# ── 6. upgrade, plain manifests, and away ───────────────────────────────────────────────────────────────────
+
+
+def test_6_an_upgrade_leaves_the_model_and_the_passwords(cluster: Cluster) -> None:
+    model, passwords = cluster.model(), cluster.get("secret", f"{RELEASE}-mysql")["data"]
+    cluster.helm("upgrade", RELEASE, str(ROOT / "helm/lawnwatch"), *cluster.values(), "--set", "api.drainSeconds=6")
+    cluster.settled(300)
+    assert cluster.model() == model
+    assert cluster.get("secret", f"{RELEASE}-mysql")["data"] == passwords
+    cluster.helm("rollback", RELEASE)
+    cluster.settled(300)
+    assert cluster.model() == model
+
+
+def test_6_the_plain_manifests_leave_the_model(cluster: Cluster) -> None:
+    model = cluster.model()
+    cluster.kubectl("apply", "--dry-run=server", "-f", str(ROOT / "k8s"))
+    cluster.kubectl("apply", "-f", str(ROOT / "k8s/api.yaml"))
+    assert cluster.model() == model
+    cluster.helm("upgrade", RELEASE, str(ROOT / "helm/lawnwatch"), *cluster.values())
+    cluster.settled(300)
+    assert cluster.model() == model
+
+
+def test_6_after_uninstall_and_install_everything_is_there(cluster: Cluster) -> None:
+    before = cluster.lawnwatch("catalog", "status")
+    history = [each["id"] for each in cluster.lawnwatch("rollout", "history")["rollouts"]]
+    passwords = {part: cluster.get("secret", f"{RELEASE}-{part}")["data"] for part in ("mysql", "store", "airflow")}
+    cluster.helm("uninstall", RELEASE, "--wait", "--timeout=5m")
+    assert len(cluster.get("pvc")["items"]) == 3
+    cluster.install()
+    cluster.settled(600, but=(f"{RELEASE}-api",))
+    for part, data in passwords.items():
+        assert cluster.get("secret", f"{RELEASE}-{part}")["data"] == data
+    assert cluster.lawnwatch("catalog", "status") == before
+    assert [each["id"] for each in cluster.lawnwatch("rollout", "history")["rollouts"]] == history
+    cluster.lawnwatch("rollout", "start")
+    status, info = cluster.api("/model/info")
+    assert (status, info["state"]) == (200, "ready")

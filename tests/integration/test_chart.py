@@ -1,0 +1,289 @@
+"""The chart and what is rendered from it, as a cluster would read them: valid, hardened, in sync, strict about values.
+
+No cluster runs here; tests/e2e/test_cluster.py installs the chart on one.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from processes import program
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "helm/lawnwatch"
+VALUES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "small": ("-f", str(CHART / "values-small.yaml")),
+    "production": ("-f", str(CHART / "values-production.yaml")),
+    "secrets by a job": ("--set", "secrets.create=job"),
+    "gateway": ("--set", "httpRoute.enabled=true,httpRoute.gateway=edge,api.autoscaling.requestsInFlight=8"),
+}
+CRDS = {"ServiceMonitor", "PrometheusRule", "HTTPRoute"}
+
+Object = dict[str, Any]
+
+
+def helm(*argv: str) -> subprocess.CompletedProcess[str]:
+    found = program("helm", str(Path.home() / ".cache/lawnwatch/bin/helm"))
+    return subprocess.run([found, *argv], capture_output=True, text=True, cwd=ROOT)
+
+
+@cache
+def rendered(name: str) -> list[Object]:
+    result = helm("template", "lawnwatch", str(CHART), "-n", "lawnwatch", "--kube-version=1.34.0", *VALUES[name])
+    assert result.returncode == 0, result.stderr
+    return [each for each in yaml.safe_load_all(result.stdout) if each]
+
+
+@cache
+def manifests() -> list[Object]:
+    files = sorted((ROOT / "k8s").glob("*.yaml"))
+    return [each for file in files for each in yaml.safe_load_all(file.read_text()) if each]
+
+
+def pods(objects: list[Object]) -> Iterator[tuple[str, Object]]:
+    """Name and specification of every pod that these objects make, the steps' pods included."""
+    for each in objects:
+        name = f"{each['kind']}/{each['metadata']['name']}"
+        if each["kind"] == "Pod":
+            yield name, each["spec"]
+        elif "template" in each.get("spec", {}):
+            yield name, each["spec"]["template"]["spec"]
+        elif "pod.yaml" in each.get("data", {}):
+            yield f"{name}/pod.yaml", yaml.safe_load(each["data"]["pod.yaml"])["spec"]
+
+
+def containers(spec: Object) -> list[Object]:
+    return [*spec.get("initContainers", []), *spec["containers"]]
+
+
+def find(objects: list[Object], kind: str, name: str) -> Object:
+    (found,) = [each for each in objects if each["kind"] == kind and each["metadata"]["name"] == name]
+    return found
+
+
+# ── what a cluster takes ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_every_object_is_valid_to_the_last_field(name: str) -> None:
+    for each in rendered(name):
+        if each["kind"] not in CRDS:
+            kubernetes_validate.validate(each, "1.34", strict=True)
+
+
+def test_the_plain_manifests_and_the_charts_readme_are_what_the_chart_says() -> None:
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "infra/render_chart.py"), "--check"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_plain_manifests_are_valid_and_hold_no_secret() -> None:
+    for each in manifests():
+        kubernetes_validate.validate(each, "1.34", strict=True)
+        assert each["kind"] != "Secret"
+        assert each["kind"] == "Namespace" or each["metadata"]["namespace"] == "lawnwatch"
+        assert not [key for key in each["metadata"].get("annotations") or {} if key.startswith("helm.sh/")]
+
+
+@pytest.mark.parametrize("overlay", ["small", "production"])
+def test_an_overlay_builds_to_valid_objects(overlay: str) -> None:
+    kustomize = Path(program("kubectl", str(Path.home() / ".cache/lawnwatch/bin/kustomize"), "kustomize"))
+    verb = "build" if kustomize.name == "kustomize" else "kustomize"
+    built = subprocess.run(
+        [kustomize, verb, f"k8s/overlays/{overlay}"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    objects = [each for each in yaml.safe_load_all(built) if each]
+    for each in objects:
+        kubernetes_validate.validate(each, "1.34", strict=True)
+    scaler = find(objects, "HorizontalPodAutoscaler", "lawnwatch-api")
+    assert scaler["spec"]["minReplicas"] == {"small": 1, "production": 3}[overlay]
+
+
+# ── values ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("api.replica=3", "replica"),
+        ("monitoring.alertmanager.webhook=http://x", "webhook"),
+        ("apii.replicas=3", "apii"),
+        ("image.tag=latest", "tag"),
+        ("mysql.image=mysql:latest", "image"),
+        ("api.drainSeconds=soon", "drainSeconds"),
+        ("secrets.create=true", "create"),
+        ("mysql.storage=lots", "storage"),
+    ],
+)
+def test_a_value_that_is_not_known_or_not_possible_is_an_error_that_names_it(setting: str, named: str) -> None:
+    result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set", setting)
+    assert result.returncode != 0
+    assert named in result.stderr
+
+
+def test_a_server_that_is_switched_off_must_be_named() -> None:
+    result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set", "mysql.enabled=false")
+    assert result.returncode != 0
+    assert "mysql.host is needed" in result.stderr
+
+
+def test_the_schema_knows_every_value_and_no_other() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+
+    def compare(values: Object, part: Object, path: str) -> None:
+        part = schema["definitions"][part["$ref"].rsplit("/", 1)[1]] if "$ref" in part else part
+        if not isinstance(values, dict) or "properties" not in part:
+            return
+        assert part["additionalProperties"] is False, path
+        if path.endswith("resources"):
+            return
+        assert set(part["properties"]) - {"global"} == set(values), path
+        for key, value in values.items():
+            compare(value, part["properties"][key], f"{path}.{key}")
+
+    compare(yaml.safe_load((CHART / "values.yaml").read_text()), schema, "")
+
+
+# ── what must never be in it ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_every_pod_passes_the_restricted_pod_security_standard(name: str) -> None:
+    for pod, spec in pods(rendered(name)):
+        assert spec["securityContext"]["runAsNonRoot"] is True, pod
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, pod
+        assert not [each for each in spec.get("volumes", []) if "hostPath" in each], pod
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys(), pod
+        for each in containers(spec):
+            assert each["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }, (pod, each["name"])
+            assert not [port for port in each.get("ports", []) if "hostPort" in port], pod
+            assert ":" in each["image"] and not each["image"].endswith(":latest"), pod
+
+
+def test_only_those_get_a_token_that_ask_kubernetes_something() -> None:
+    with_token = {pod for pod, spec in pods(rendered("secrets by a job")) if spec["automountServiceAccountToken"]}
+    assert with_token == {
+        "Job/lawnwatch-secrets",
+        *(f"Deployment/lawnwatch-airflow-{part}" for part in ("api", "scheduler", "dag-processor", "triggerer")),
+        "Pod/lawnwatch-test-predict",
+    }
+
+
+def test_fault_50_a_rollout_may_patch_one_deployment_and_nobody_reads_secrets() -> None:
+    roles = {each["metadata"]["name"]: each["rules"] for each in rendered("default") if each["kind"] == "Role"}
+    assert roles == {
+        "lawnwatch-rollout": [
+            {"apiGroups": ["apps"], "resources": ["deployments"], "resourceNames": ["lawnwatch-api"],
+             "verbs": ["get", "patch"]},
+            {"apiGroups": [""], "resources": ["pods"], "verbs": ["list"]},
+        ],
+        "lawnwatch-airflow": [
+            {"apiGroups": [""], "resources": ["pods"], "verbs": ["create", "get", "list", "watch", "patch", "delete"]},
+            {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
+            {"apiGroups": [""], "resources": ["events"], "verbs": ["list"]},
+        ],
+    }  # fmt: skip
+    holders = {each["metadata"]["name"]: {subject["name"] for subject in each["subjects"]}
+               for each in rendered("default") if each["kind"] == "RoleBinding"}  # fmt: skip
+    assert holders == {
+        "lawnwatch-rollout": {"lawnwatch-rollout", "lawnwatch-airflow"},
+        "lawnwatch-airflow": {"lawnwatch-airflow"},
+    }
+    assert not [each for each in rendered("default") if each["kind"] in ("ClusterRole", "ClusterRoleBinding")]
+
+
+def test_fault_49_passwords_are_long_and_new_at_every_installation() -> None:
+    first, second = [
+        yaml.safe_load_all(helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0").stdout) for _ in range(2)
+    ]
+    made = [
+        {(each["metadata"]["name"], key): value for each in objects if each and each["kind"] == "Secret"
+         for key, value in each["data"].items()}
+        for objects in (first, second)
+    ]  # fmt: skip
+    assert len(made[0]) == 13
+    assert all(len(value) >= 40 for value in made[0].values())
+    assert not [key for key, value in made[0].items() if made[1][key] == value]
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_the_chart_never_names_a_model(name: str) -> None:
+    """An upgrade leaves what a rollout wrote: the pods only read the two annotations."""
+    api = find(rendered(name), "Deployment", "lawnwatch-api")
+    assert not api["spec"]["template"]["metadata"].get("annotations")
+    (container,) = api["spec"]["template"]["spec"]["containers"]
+    read = {each["name"]: each["valueFrom"]["fieldRef"]["fieldPath"] for each in container["env"]
+            if "fieldRef" in each.get("valueFrom", {})}  # fmt: skip
+    assert read == {
+        "LAWNWATCH_SERVING__MODEL_VERSION": "metadata.annotations['lawnwatch.io/model-version']",
+        "LAWNWATCH_SERVING__MODEL_SHA256": "metadata.annotations['lawnwatch.io/model-sha256']",
+    }
+    assert "replicas" not in api["spec"], "the autoscaler's; an upgrade would undo it"
+
+
+# ── how it hangs together ───────────────────────────────────────────────────────────────────────────────────
+
+
+def cores(text: str) -> float:
+    return float(text[:-1]) / 1000 if text.endswith("m") else float(text)
+
+
+def mebibytes(text: str) -> float:
+    return float(text[:-2]) * {"Mi": 1, "Gi": 1024}[text[-2:]]
+
+
+def test_the_small_values_fit_two_cores_and_twelve_gigabytes_with_a_step_running() -> None:
+    objects = rendered("small")
+    asked = []
+    for pod, spec in pods(objects):
+        if pod.startswith(("Deployment", "StatefulSet")):
+            requests = [each["resources"]["requests"] for each in spec["containers"]]
+            asked.append((sum(cores(each["cpu"]) for each in requests), sum(mebibytes(e["memory"]) for e in requests)))
+    steps = yaml.safe_load((CHART / "values-small.yaml").read_text())["airflow"]["steps"].values()
+    cpu = sum(each for each, _ in asked) + max(cores(step["cpu"]) for step in steps)
+    memory = sum(each for _, each in asked) + max(mebibytes(step["memory"]) for step in steps)
+    assert cpu <= 1.8, "what a cluster keeps for itself fits beside it"
+    assert memory <= 11 * 1024
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_every_service_and_policy_selects_pods_that_there_are(name: str) -> None:
+    objects = rendered(name)
+    labels = [
+        each["spec"]["template"]["metadata"]["labels"] for each in objects if "template" in each.get("spec", {})
+    ] + [each["metadata"]["labels"] for each in objects if each["kind"] == "Pod"]
+    worker = find(objects, "ConfigMap", "lawnwatch-airflow")["data"]["pod.yaml"]
+    labels.append(yaml.safe_load(worker)["metadata"]["labels"])
+    for each in objects:
+        selector = {
+            "Service": lambda spec: spec.get("selector"),
+            "NetworkPolicy": lambda spec: spec["podSelector"]["matchLabels"],
+            "PodDisruptionBudget": lambda spec: spec["selector"]["matchLabels"],
+        }.get(each["kind"], lambda spec: None)(each.get("spec", {}))
+        if selector:
+            assert [one for one in labels if selector.items() <= one.items()], each["metadata"]["name"]
+
+
+def test_every_claim_outlives_the_release() -> None:
+    for each in rendered("default"):
+        assert each["kind"] != "PersistentVolumeClaim", "Helm would delete it with the release"
+        if each["kind"] == "StatefulSet":
+            assert "persistentVolumeClaimRetentionPolicy" not in each["spec"]
