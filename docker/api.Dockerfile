@@ -21,7 +21,7 @@ RUN --mount=type=secret,id=index \
  && mkdir source && tar -xzf opencv_python_headless-*.tar.gz -C source --strip-components=1
 RUN cmake -G Ninja -S source/opencv -B made -DCMAKE_BUILD_TYPE=Release -DBUILD_LIST=core,imgproc,python3 -DBUILD_SHARED_LIBS=OFF \
       -DPYTHON3_EXECUTABLE=/opt/build/bin/python -DPYTHON_DEFAULT_EXECUTABLE=/opt/build/bin/python -DPYTHON3_LIMITED_API=ON \
-      -DOPENCV_PYTHON3_INSTALL_PATH=/out -DCPU_DISPATCH=AVX2,AVX512_SKX -DBUILD_TESTS=OFF -DBUILD_PERF_TESTS=OFF -DBUILD_opencv_apps=OFF \
+      -DOPENCV_PYTHON3_INSTALL_PATH=/out -DOPENCV_SKIP_PYTHON_LOADER=ON -DCPU_DISPATCH=AVX2,AVX512_SKX -DBUILD_TESTS=OFF -DBUILD_PERF_TESTS=OFF -DBUILD_opencv_apps=OFF \
       -DBUILD_JAVA=OFF -DWITH_IPP=OFF -DWITH_ITT=OFF -DWITH_OPENCL=OFF -DWITH_LAPACK=OFF -DWITH_EIGEN=OFF -DWITH_PROTOBUF=OFF \
       -DWITH_FLATBUFFERS=OFF -DWITH_ADE=OFF -DWITH_UNIFONT=OFF \
  && cmake --build made --target opencv_python3 \
@@ -42,7 +42,7 @@ RUN cd /opt/venv/lib/python3.11/site-packages \
  && rm -rf cv2 opencv_python_headless.libs ai_edge_litert/libLiteRtWebGpuAccelerator.so ai_edge_litert/tools ai_edge_litert/vendors ai_edge_litert/aot \
       Crypto/SelfTest sqlalchemy/testing \
  && find numpy -type d -name tests -prune -exec rm -rf {} +
-COPY --from=opencv /out/cv2 /opt/venv/lib/python3.11/site-packages/cv2
+COPY --from=opencv /out/cv2.abi3.so /opt/venv/lib/python3.11/site-packages/
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
 ARG SOURCE_DATE_EPOCH

@@ -174,7 +174,7 @@ class ServingSettings(BaseModel):
     max_upload_bytes: int = Field(20_000_000, ge=1, description="Largest request body, bytes.")
     request_timeout: float = Field(30.0, gt=0, description="Seconds for a request, its body's arrival included.")
     poll_seconds: float = Field(1.0, gt=0, description="How often the release target is looked at.")
-    drain_seconds: float = Field(0.0, ge=0, description="After SIGTERM: seconds not ready before draining begins.")
+    drain_seconds: float = Field(0.0, ge=0, description="After SIGTERM: seconds of being not ready but answering.")
     record_images: Literal["none", "sampled", "uncertain", "all"] = Field(
         "all", description="Which uploaded pictures are kept with their prediction."
     )

@@ -234,8 +234,7 @@ def test_3_kubectl_rollout_undo_restores_the_previous_model(cluster: Cluster) ->
 
 
 def test_43_a_killed_api_pod_is_replaced_and_only_what_it_held_is_lost(cluster: Cluster, note: Note) -> None:
-    cluster.kubectl("scale", f"deployment/{RELEASE}-api", "--replicas=2")
-    until("two pods serve", 120, lambda: len([p for p in cluster.pods("api") if cluster.ready(p)]) == 2 or None)
+    _two_pods(cluster)
     victim = cluster.pods("api")[0]["metadata"]["name"]
     with cluster.load(45, clients=4, rate=10) as counts:
         time.sleep(5)
@@ -248,7 +247,7 @@ def test_43_a_killed_api_pod_is_replaced_and_only_what_it_held_is_lost(cluster: 
 
 
 def test_44_an_evicted_api_pod_drains(cluster: Cluster, note: Note) -> None:
-    until("two pods serve", 120, lambda: len([p for p in cluster.pods("api") if cluster.ready(p)]) == 2 or None)
+    _two_pods(cluster)
     victim = cluster.pods("api")[0]["metadata"]["name"]
     eviction = {
         "apiVersion": "policy/v1",
@@ -262,7 +261,13 @@ def test_44_an_evicted_api_pod_drains(cluster: Cluster, note: Note) -> None:
         counted = counts(whole=True)
     note("requests while a pod was evicted", counted)
     assert counted["failures"] == {}
+    _autoscaled(cluster, 1, 3)
     cluster.kubectl("scale", f"deployment/{RELEASE}-api", "--replicas=1")
+
+
+def _two_pods(cluster: Cluster) -> None:
+    _autoscaled(cluster, 2, 3)
+    until("two pods serve", 120, lambda: len([p for p in cluster.pods("api") if cluster.ready(p)]) == 2 or None)
 
 
 @pytest.mark.parametrize("server", ["mysql", "minio"])
@@ -318,26 +323,29 @@ def test_5_requests_per_second_grow_with_the_pods(cluster: Cluster, note: Note) 
     """Pods held to a quarter of a core each, so that four of them and the clients fit on a small node."""
     answered: dict[int, float] = {}
     limits = "/spec/template/spec/containers/0/resources/limits/cpu"
-    _patch(cluster, "deployment", [{"op": "add", "path": limits, "value": "250m"}])
+    _limit(cluster, {"op": "add", "path": limits, "value": "250m"})
     for pods in (1, 2, 4):
-        bounds = [{"op": "replace", "path": f"/spec/{edge}Replicas", "value": pods} for edge in ("max", "min")]
-        _patch(cluster, "hpa", bounds)
+        _autoscaled(cluster, pods, pods)
         cluster.kubectl("scale", f"deployment/{RELEASE}-api", f"--replicas={pods}")
         cluster.kubectl("rollout", "status", f"deployment/{RELEASE}-api", "--timeout=180s")
         until("so many pods", 180, lambda pods=pods: len(cluster.pods("api")) == pods or None)
         with cluster.load(30, clients=12, rate=150) as counts:
             answered[pods] = counts(whole=True)["answered"] / 30
-    _patch(cluster, "deployment", [{"op": "remove", "path": limits}])
-    _patch(cluster, "hpa", [{"op": "replace", "path": "/spec/minReplicas", "value": 1},
-                            {"op": "replace", "path": "/spec/maxReplicas", "value": 3}])  # fmt: skip
+    _limit(cluster, {"op": "remove", "path": limits})
+    _autoscaled(cluster, 1, 3)
     note("answers a second of 1, 2 and 4 pods of a quarter core", {n: round(rate, 1) for n, rate in answered.items()})
     note("scaling efficiency of 2 and 4", [round(answered[n] / answered[1] / n, 2) for n in (2, 4)])
     assert answered[4] / answered[1] / 4 >= 0.6
     until("one pod is left", 420, lambda: len(cluster.pods("api")) == 1 or None, every=5)
 
 
-def _patch(cluster: Cluster, kind: str, patch: list[dict[str, Any]]) -> None:
-    cluster.kubectl("patch", kind, f"{RELEASE}-api", "--type=json", "-p", json.dumps(patch))
+def _autoscaled(cluster: Cluster, least: int, most: int) -> None:
+    spec = {"spec": {"minReplicas": least, "maxReplicas": most}}
+    cluster.kubectl("patch", "hpa", f"{RELEASE}-api", "--type=merge", "-p", json.dumps(spec))
+
+
+def _limit(cluster: Cluster, change: dict[str, Any]) -> None:
+    cluster.kubectl("patch", "deployment", f"{RELEASE}-api", "--type=json", "-p", json.dumps([change]))
 
 
 # ── monitoring ──────────────────────────────────────────────────────────────────────────────────────────────

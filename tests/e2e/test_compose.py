@@ -39,6 +39,8 @@ services:
     volumes: ["{photos}:/photos:ro"]
   airflow-scheduler:
     volumes: ["{weights}:/weights:ro"]
+    # Where a MariaDB stands in for MySQL: it refuses Airflow's DELETE with a WITH, which runs at this interval.
+    environment: {{AIRFLOW__SCHEDULER__PARSING_CLEANUP_INTERVAL: "86400"}}
 """
 
 

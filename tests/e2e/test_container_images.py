@@ -34,7 +34,7 @@ seen = hashlib.sha256()
 for path in sorted(pathlib.Path("/photos").glob("*/*.jpg")):
     for size in (images.SIZE, None):
         rgb = images.decode(path.read_bytes(), size=size, max_pixels=50_000_000)
-        seen.update(rgb.tobytes() + repr((images.light_and_blur(rgb), images.phash(rgb))).encode())
+        seen.update(rgb.tobytes() + repr(images.light_and_blur(rgb)).encode())
 print(seen.hexdigest())
 """
 every_image = pytest.mark.parametrize("name", PARTS)

@@ -570,7 +570,7 @@ def test_a_rollout_is_confirmed_and_undone_without_a_failed_request(start: Calla
 
 
 def test_44_sigterm_drains_flushes_and_exits_with_zero(start: Callable[..., Api]) -> None:
-    api = start(LAWNWATCH_SERVING__DRAIN_SECONDS="1", LAWNWATCH_SERVING__THREADS="1")
+    api = start(LAWNWATCH_SERVING__DRAIN_SECONDS="3", LAWNWATCH_SERVING__THREADS="1")
     data = sb.picture(sb.YELLOW, size=(4000, 3000))
     with ThreadPoolExecutor(9) as pool:
         waiting = [pool.submit(api.predict, data) for _ in range(8)]
@@ -579,7 +579,8 @@ def test_44_sigterm_drains_flushes_and_exits_with_zero(start: Callable[..., Api]
         api.process.send_signal(signal.SIGTERM)
         problem(wait_for(lambda: (found := api.get("/ready")).status == 503 and found, 2), 503, "draining")
         assert api.get("/health").status == 200
-        problem(api.predict(data), 503, "draining")
+        late = api.predict(data)  # of a client whose balancer does not know yet
+        assert (late.status, late.headers["connection"]) == (200, "close")
         answers = [one.result() for one in waiting]
     assert [answer.status for answer in answers] == [200] * 8
     assert api.process.wait(20) == 0

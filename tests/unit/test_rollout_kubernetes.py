@@ -332,3 +332,17 @@ def test_a_machine_without_a_cluster_is_told_so(here: Installation, monkeypatch:
     point_at(Path("/nowhere/kubeconfig"), monkeypatch)
     with pytest.raises(SettingsError, match="No Kubernetes cluster is configured"):
         here.rollout()
+
+
+def test_in_a_pod_its_account_is_used_and_stdout_stays_the_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("SERVICE_TOKEN_FILENAME", "SERVICE_CERT_FILENAME"):
+        (tmp_path / name).write_text("of the pod's account")
+        monkeypatch.setattr(f"kubernetes.config.incluster_config.{name}", str(tmp_path / name))
+    point_at(tmp_path / "nothing", monkeypatch)
+    monkeypatch.delenv("KUBECONFIG", raising=False)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "9")
+    place.PodTemplate(Settings(home=tmp_path))
+    assert capfd.readouterr().out == ""

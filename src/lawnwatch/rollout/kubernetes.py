@@ -7,6 +7,7 @@ annotations leaves them as they are at every upgrade.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -70,8 +71,11 @@ class PodTemplate:
     def __init__(self, settings: Settings) -> None:
         self.name = settings.rollout.deployment
         configuration = client.Configuration()
+        # Not load_config, which asks both in turn: it prints to stdout, where a command's result belongs.
+        inside = "KUBERNETES_SERVICE_HOST" in os.environ and "KUBECONFIG" not in os.environ
+        load = kubernetes.config.load_incluster_config if inside else kubernetes.config.load_kube_config
         try:
-            kubernetes.config.load_config(client_configuration=configuration)
+            load(client_configuration=configuration)
         except kubernetes.config.ConfigException as error:
             raise SettingsError(
                 f"No Kubernetes cluster is configured: {error}.",

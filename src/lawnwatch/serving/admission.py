@@ -204,8 +204,6 @@ class AdmissionMiddleware:
         await response(scope, receive, send)
 
     def _at_the_head(self, scope: Scope, intake: Intake) -> None:
-        if self._admission.draining:
-            raise self._admission.refuse("draining", Draining("This server is ending.", hint="Try again."))
         try:
             self._check()
         except NoModel as error:

@@ -70,7 +70,7 @@ class Api:
             logger.error("predictions were not all written", drops=dict(self.writer.drops))
 
     def drain(self) -> None:
-        """Not ready from now on, so that nobody sends more; what is under way goes on."""
+        """Not ready from now on, so that balancers send no more; what they send until they know is answered."""
         self.admission.draining = True
 
     @property

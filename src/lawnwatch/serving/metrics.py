@@ -28,7 +28,6 @@ REFUSALS = (
     "queue_full",
     "pushed_out",
     "no_model",
-    "draining",
     "too_large",
     "too_slow",
     "memory",

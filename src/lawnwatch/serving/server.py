@@ -105,7 +105,7 @@ class TimedProtocol(HttpToolsProtocol):
 
 
 class Server(uvicorn.Server):
-    """Ends in steps: not ready; `drain_seconds` later no new connections; what is under way; exit 0."""
+    """Ends in steps: not ready but answering; `drain_seconds` later no new connections; what is under way; exit 0."""
 
     def __init__(self, config: uvicorn.Config, *, drain_seconds: float, on_drain: Callable[[], None]) -> None:
         super().__init__(config)
@@ -117,6 +117,9 @@ class Server(uvicorn.Server):
         """First signal: drain; second: at once. It is not raised again: being told to end is no failure."""
         if self._ends_at is None:
             self._on_drain()
+            # Whoever keeps a connection makes the next one elsewhere. (uvicorn takes the first up once a second.)
+            self.config.encoded_headers = [*self.config.encoded_headers, (b"connection", b"close")]
+            self.server_state.default_headers = [*self.server_state.default_headers, (b"connection", b"close")]
             self._ends_at = time.monotonic() + self._drain_seconds
         else:
             self._ends_at = time.monotonic()

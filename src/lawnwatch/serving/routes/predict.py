@@ -115,7 +115,7 @@ def add(app: FastAPI, api: Api) -> None:
         current_client.set(state["client"])  # admission, which sets it elsewhere, does not see this body
         state["arrived"] = time.perf_counter()
         state["deadline"] = asyncio.get_running_loop().time() + serving.request_timeout
-        api.welcome()
+        api.admissible()
         source = await uploads.small_json(request, schemas.PictureUrl)
         picture = await fetcher.fetch(source.url)
         fetch = {"fetch": time.perf_counter() - state["arrived"]}
