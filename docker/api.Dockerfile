@@ -56,7 +56,8 @@ RUN /opt/build/bin/python -m hatchling build -t wheel -d dist \
 FROM python:3.11-slim-bookworm AS root
 RUN rm -rf /usr/local/lib/python3.11/site-packages/* /usr/lib/python3/dist-packages/* /usr/local/bin/pip* /usr/bin/pip* \
       /usr/share/python-wheels /usr/share/locale/* /usr/share/man/* /usr/share/info/* /var/cache/apt/* /var/lib/apt/lists/* \
-      /usr/lib/*/gconv /usr/lib/*/perl-base /usr/bin/perl* \
+      /usr/lib/*/gconv /usr/lib/*/perl-base /usr/bin/perl* /usr/share/perl5 /var/cache/debconf \
+      /usr/bin/apt* /usr/lib/apt /usr/lib/*/libapt-* \
  && for lib in /usr/lib/python3.11 /usr/local/lib/python3.11; do \
       (cd "$lib" 2>/dev/null && rm -rf ensurepip idlelib lib2to3 pydoc_data test tkinter turtledemo distutils); \
     done; \
