@@ -141,6 +141,7 @@ def test_the_whole_road_and_a_second_time(world, photos):
 
     first = world.run(*DAGS)
     assert {dag: result["state"] for dag, result in first.items()} == dict.fromkeys(DAGS, "success"), world.log[-6000:]
+    assert "printed no JSON object" not in world.log, "a step that only its second try brought to an end"
     assert first["data_pipeline"]["tasks"] == {
         "plan": "success",
         "fetch": "success",
