@@ -111,6 +111,8 @@ requirements: ## pin all packages anew (needs uv)
 	  $(COMPILE) -c "$$whole" --extra $$set pyproject.toml -o requirements/$$set.txt
 	done
 	printf 'hatchling>=1.27\nuv>=0.8\n' | $(COMPILE) --upgrade - -o requirements/build.txt
+	# What OpenCV's own pyproject.toml asks for to be built with Python 3.11.
+	printf 'numpy==2.0.2\npackaging\npip\nscikit-build>=0.14\nsetuptools==59.2.0\nwheel\n' | $(COMPILE) --upgrade - -o requirements/opencv.txt
 
 # -- ship it -------------------------------------------------------------------------------------------------
 

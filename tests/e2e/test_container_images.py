@@ -110,6 +110,7 @@ def test_the_api_holds_what_serving_needs_and_no_more() -> None:
 
 
 def test_training_and_serving_see_the_same_pixels(photos: Path) -> None:
+    """The API's OpenCV is built from source, without what it does not need; training has the published wheel."""
     mount = (f"--volume={photos}:/photos:ro",)
     seen = {name: run(name, "python", "-c", SEEN, options=mount) for name in ("api", "pipeline")}
     assert seen["api"] == seen["pipeline"]
