@@ -55,9 +55,9 @@ RUN /opt/build/bin/python -m hatchling build -t wheel -d dist \
 # The base without what a server never reads; copied onto nothing, so that it is gone from the image too.
 FROM python:3.11-slim-bookworm AS root
 RUN rm -rf /usr/local/lib/python3.11/site-packages/* /usr/lib/python3/dist-packages/* /usr/local/bin/pip* /usr/bin/pip* \
-      /usr/share/python-wheels /usr/share/locale/* /usr/share/man/* /usr/share/info/* /var/cache/apt/* /var/lib/apt/lists/* \
-      /usr/lib/*/gconv /usr/lib/*/perl-base /usr/bin/perl* /usr/share/perl5 /var/cache/debconf \
-      /usr/bin/apt* /usr/lib/apt /usr/lib/*/libapt-* \
+      /usr/share/python-wheels /usr/share/locale/* /usr/share/man/* /usr/share/info/* /usr/share/zoneinfo/right \
+      /var/cache/apt/* /var/cache/debconf /var/lib/apt/lists/* /var/lib/dpkg/info /usr/lib/apt /usr/bin/apt* /usr/lib/*/libapt-* \
+      /usr/lib/*/gconv /usr/lib/*/perl-base /usr/bin/perl* /usr/share/perl5 \
  && for lib in /usr/lib/python3.11 /usr/local/lib/python3.11; do \
       (cd "$lib" 2>/dev/null && rm -rf ensurepip idlelib lib2to3 pydoc_data test tkinter turtledemo distutils); \
     done; \
