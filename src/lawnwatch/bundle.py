@@ -486,7 +486,7 @@ class Graph:
         """
         result = self._run(image=image[np.newaxis])
         logits, embedding = result["logits"][0].copy(), result["embedding"][0].copy()
-        if not math.isfinite(logits.sum() + np.dot(embedding, embedding)):
+        if not (np.isfinite(logits).all() and np.isfinite(embedding).all()):
             raise IntegrityError("the model returned numbers that are not finite (NaN or infinity).")
         cam = result.get("cam")
         return Outputs(logits, embedding, None if cam is None else cam[0].copy())
@@ -550,9 +550,6 @@ class UnknownDetector:
             self._s["centre"].shape == self._s["scale"].shape == (2,) and (self._s["scale"] > 0).all()
         ):
             raise IntegrityError(f"{UNKNOWN} must hold a centre and a positive scale for each of two scores.")
-        if "axes" in self._s:
-            means = self._s["means"]
-            self._means_along, self._means_squared = means @ self._s["axes"].T, (means**2).sum(axis=1)
 
     @classmethod
     def of(cls, bundle: Bundle) -> UnknownDetector | None:
@@ -589,7 +586,7 @@ class UnknownDetector:
         if method == "energy":
             high = logits.max(axis=1).astype(np.float64)
             return np.asarray(-(high + np.log(np.exp(logits - high[:, np.newaxis]).sum(axis=1))))
-        lengths = np.sqrt(np.einsum("ij,ij->i", embeddings, embeddings))[:, np.newaxis]
+        lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
         unit = embeddings.astype(np.float32, copy=False) / np.maximum(lengths, 1e-12)
         if method == "knn":
             near = unit @ self._s["bank"].T
@@ -605,11 +602,9 @@ class UnknownDetector:
 
     def _mahalanobis(self, unit: NDArray[np.float32]) -> NDArray[np.float32]:
         """Along the axes by their variances; what is left of the difference by the variance of the rest."""
-        # Multiplied out: for one picture no array is then so large that numpy gives up the GIL, and waits for it again.
-        along = ((unit @ self._s["axes"].T)[:, np.newaxis] - self._means_along) ** 2  # (m, classes, axes)
-        squares = np.einsum("ij,ij->i", unit, unit)[:, np.newaxis]
-        whole = squares - 2 * (unit @ self._s["means"].T) + self._means_squared  # (m, classes)
-        left = np.maximum(whole - along.sum(axis=2), 0)
+        away = unit[:, np.newaxis] - self._s["means"]  # (m, classes, d)
+        along = (away @ self._s["axes"].T) ** 2
+        left = np.maximum((away**2).sum(axis=2) - along.sum(axis=2), 0)
         return np.asarray(((along / self._s["variances"]).sum(axis=2) + left / self._s["rest"]).min(axis=1))
 
     def _background(self, unit: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -478,7 +478,7 @@ def test_what_is_no_plant_is_unknown_over_http_and_its_probabilities_are_still_t
         assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-3)
     assert sum(answer["label"] == "unknown" for answer in known) <= 0.15 * len(known)
     if weights == "none":
-        return  # random features cannot tell what is strange; what was asked above holds for any
+        pytest.skip("what is strange needs trained features (LAWNWATCH_WEIGHTS); all before this line was asked")
     missed = [name for name, answer in strange.items() if answer["label"] != "unknown"]
     assert len(missed) <= 0.15 * len(strange), missed
     inside, outside = ([one["unknown_score"] for one in some] for some in (known, strange.values()))

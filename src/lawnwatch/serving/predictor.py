@@ -79,7 +79,7 @@ class Predictor:
                 hint="Train and release again with this release of lawnwatch.",
             )
         self._detector = UnknownDetector.of(bundle)
-        self._mine = threading.local()  # a thread stays with one graph, whose tensors are in its core's cache
+        self._mine = threading.local()  # each thread keeps the graph it took first
         self._graphs = [self._new_graph()]  # those that no thread has taken yet
         self.size = self._graphs[0].size
         self.golden = self._prove()
