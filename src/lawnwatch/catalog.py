@@ -664,6 +664,14 @@ class Catalog:
         summary = ", ".join(f"{number:,} {state}" for state, number in by_state.items()) or "none"
         return CatalogStatus(total, by_state, by_label, table, reasons, f"{total:,} image record(s): {summary}.")
 
+    def quality_report(self, report: str) -> str | None:
+        """The store's key of a quality report by its id, of the newest for `latest`; None when there is none."""
+        query = sa.select(QualityReport.object_key).order_by(QualityReport.created_at.desc()).limit(1)
+        if report != "latest":
+            query = query.where(QualityReport.id == report)
+        with self.session() as session:
+            return session.scalar(query)
+
     def find(self, image: str) -> ImageRecord:
         """The record of that URL or id. Raises NotFound."""
         with self.session() as session:

@@ -19,16 +19,19 @@ import traceback
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from pydantic import BaseModel
 
 from lawnwatch import __version__, log
-from lawnwatch.catalog import Catalog
 from lawnwatch.config import Settings, get_settings
 from lawnwatch.errors import NOTHING_TO_DO, Conflict, InputError, IntegrityError, LawnwatchError, NotFound
+from lawnwatch.keys import PREDICT
 from lawnwatch.store import ObjectStore, open_store
+
+if TYPE_CHECKING:
+    from lawnwatch.catalog import Catalog  # SQLAlchemy takes a third of a second, which `serve` and `--help` do without
 
 INTERRUPTED, TOLD_TO_STOP = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
@@ -103,14 +106,13 @@ def as_json(value: Any) -> Any:
 def opened() -> tuple[Settings, Catalog, ObjectStore]:
     """Settings, the migrated catalog and the object store: what almost every step needs."""
     settings = get_settings()
-    settings.home.mkdir(parents=True, exist_ok=True)
-    catalog = Catalog(settings)
-    catalog.migrate()
-    return settings, catalog, open_store(settings)
+    return settings, opened_catalog(), open_store(settings)
 
 
 def opened_catalog() -> Catalog:
     """The migrated catalog alone, for commands that touch no object."""
+    from lawnwatch.catalog import Catalog
+
     settings = get_settings()
     settings.home.mkdir(parents=True, exist_ok=True)
     catalog = Catalog(settings)
@@ -748,11 +750,11 @@ def predictions_prune(
     ] = None,
 ) -> None:
     """Delete recorded predictions older than the retention, with their pictures. Running it again is safe."""
-    from lawnwatch import predictions
+    from lawnwatch import history
 
     settings, catalog, store = opened()
     kept = settings.serving.retention_days if days is None else days
-    emit(predictions.prune(catalog, store, days=kept, progress=progress))
+    emit(history.prune(catalog, store, days=kept, progress=progress))
 
 
 @key_app.command("create", epilog="Example: lawnwatch key create --name 'web app' --scope predict --scope admin")
@@ -763,17 +765,17 @@ def key_create(
     ] = None,
 ) -> None:
     """Make an API key. It is printed this once; only its hash is kept."""
-    from lawnwatch import keys
+    from lawnwatch import key_table
 
-    emit(keys.create(opened_catalog(), name, scope or [keys.PREDICT]))
+    emit(key_table.create(opened_catalog(), name, scope or [PREDICT]))
 
 
 @key_app.command("list", epilog="Example: lawnwatch key list")
 def key_list() -> None:
     """All API keys, without their secrets."""
-    from lawnwatch import keys
+    from lawnwatch import key_table
 
-    emit({"keys": keys.list_keys(opened_catalog())})
+    emit({"keys": key_table.list_keys(opened_catalog())})
 
 
 @key_app.command("revoke", epilog="Example: lawnwatch key revoke 0f1e2d3c4b5a6978")
@@ -781,9 +783,9 @@ def key_revoke(
     key_id: Annotated[str, typer.Argument(help="Id of the key, as `key list` shows it.")],
 ) -> None:
     """Refuse a key from now on; running servers do within five seconds."""
-    from lawnwatch import keys
+    from lawnwatch import key_table
 
-    emit(keys.revoke(opened_catalog(), key_id))
+    emit(key_table.revoke(opened_catalog(), key_id))
 
 
 # --- the program --------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""API keys: who may ask the API, kept as hashes.
+"""API keys: who may ask the API, kept as hashes (`key_table`).
 
 A key is `lw_<id>_<secret>`. The secret is 256 random bits, so that one round of SHA-256 keeps it: there is nothing to
 guess, and no slow hash for an attacker to burn our processor with. The id names a key in lists, logs and records.
@@ -9,33 +9,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-import secrets
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-
-from sqlalchemy import CHAR, JSON, String, select
-from sqlalchemy.orm import Mapped, mapped_column
-
-from lawnwatch.catalog import Base, Catalog, UtcDateTime
-from lawnwatch.errors import InputError, NotFound
+from datetime import datetime
 
 PREDICT, ADMIN = "predict", "admin"
 SCOPES = (PREDICT, ADMIN)
 KEY = re.compile(r"lw_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
-MAX_NAME = 100
-
-
-class KeyRow(Base):
-    """One API key, without its secret."""
-
-    __tablename__ = "api_keys"
-
-    id: Mapped[str] = mapped_column(CHAR(16), primary_key=True)
-    name: Mapped[str] = mapped_column(String(MAX_NAME))
-    sha256: Mapped[str] = mapped_column(CHAR(64))
-    scopes: Mapped[list[str]] = mapped_column(JSON)
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
 
 @dataclass(frozen=True)
@@ -56,66 +35,7 @@ class Key:
 
     def opens(self, secret: str) -> bool:
         """Whether the secret is this key's, found out in a time that does not depend on it."""
-        return hmac.compare_digest(_hash(secret), self.sha256)
-
-
-@dataclass(frozen=True)
-class NewKey:
-    """A key that was just made; `key` is shown this once and kept nowhere."""
-
-    key: str
-    id: str
-    name: str
-    scopes: tuple[str, ...]
-    message: str
-
-
-def create(catalog: Catalog, name: str, scopes: list[str]) -> NewKey:
-    """Make a key.
-
-    Raises:
-        InputError: an empty or too long name, or a scope that does not exist.
-        Unavailable: the database does not answer.
-    """
-    if not 1 <= len(name.strip()) <= MAX_NAME:
-        raise InputError(f"A key's name has 1 to {MAX_NAME} characters; received {len(name.strip())}.")
-    wanted = tuple(scope for scope in SCOPES if scope in scopes)
-    if not wanted or set(scopes) - set(SCOPES):
-        raise InputError(f"The scopes are {' and '.join(SCOPES)}; received {', '.join(scopes) or 'none'}.")
-    identity, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
-    with catalog.session() as session:
-        session.add(
-            KeyRow(
-                id=identity,
-                name=name.strip(),
-                sha256=_hash(secret),
-                scopes=list(wanted),
-                created_at=datetime.now(UTC),
-            )
-        )
-    message = f"Key {identity} for {name.strip()}. It is shown this once: keep it where you keep passwords."
-    return NewKey(f"lw_{identity}_{secret}", identity, name.strip(), wanted, message)
-
-
-def revoke(catalog: Catalog, identity: str) -> Key:
-    """Refuse a key from now on; revoking it again changes nothing.
-
-    Raises:
-        NotFound: there is no such key.
-        Unavailable: the database does not answer.
-    """
-    with catalog.session() as session:
-        row = session.get(KeyRow, identity)
-        if row is None:
-            raise NotFound(f"There is no key {identity[:40]!r}.", hint="`lawnwatch key list` shows them.")
-        row.revoked_at = row.revoked_at or datetime.now(UTC)
-        return _key(row)
-
-
-def list_keys(catalog: Catalog) -> list[Key]:
-    """All keys, oldest first, revoked ones included. Raises Unavailable."""
-    with catalog.session() as session:
-        return [_key(row) for row in session.scalars(select(KeyRow).order_by(KeyRow.created_at, KeyRow.id))]
+        return hmac.compare_digest(hashed(secret), self.sha256)
 
 
 def parsed(text: str) -> tuple[str, str] | None:
@@ -124,9 +44,6 @@ def parsed(text: str) -> tuple[str, str] | None:
     return (matched[1], matched[2]) if matched else None
 
 
-def _hash(secret: str) -> str:
+def hashed(secret: str) -> str:
+    """What is kept of a secret."""
     return hashlib.sha256(secret.encode()).hexdigest()
-
-
-def _key(row: KeyRow) -> Key:
-    return Key(row.id, row.name, tuple(row.scopes), row.created_at, row.revoked_at, row.sha256)

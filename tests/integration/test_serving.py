@@ -160,10 +160,11 @@ def test_a_request_id_that_is_not_one_is_replaced(api: Api) -> None:
         assert re.fullmatch(r"[0-9a-f]{32}", given)
 
 
-def test_the_process_imports_no_training_library(api: Api) -> None:
+def test_the_first_answer_waits_for_no_training_library_and_no_database(api: Api) -> None:
     code = (
         "import sys, lawnwatch.serving.app, lawnwatch.serving.server;"
-        "print([m for m in ('tensorflow','keras','mlflow','airflow','sklearn','matplotlib') if m in sys.modules])"
+        "heavy = 'tensorflow keras mlflow airflow sklearn matplotlib sqlalchemy'.split();"
+        "print([m for m in heavy if m in sys.modules])"
     )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

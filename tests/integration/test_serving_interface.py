@@ -27,7 +27,7 @@ from tritonclient.utils import InferenceServerException
 
 import serving_bundle as sb
 from api_process import Answer, Api, form, peak_memory, problem, wait_for
-from lawnwatch import images, keys, predictions
+from lawnwatch import history, images, key_table
 from lawnwatch.catalog import Catalog
 
 pytestmark = pytest.mark.integration
@@ -322,7 +322,7 @@ def test_keys_open_what_their_scope_says(start: Callable[..., Api]) -> None:
     api = start(LAWNWATCH_SERVING__REQUIRE_KEYS="true")
     catalog = Catalog(api.settings)
     catalog.migrate()
-    asks, sees = keys.create(catalog, "web", ["predict"]), keys.create(catalog, "owner", ["admin"])
+    asks, sees = key_table.create(catalog, "web", ["predict"]), key_table.create(catalog, "owner", ["admin"])
     data = sb.picture(sb.YELLOW)
     # Made a moment ago and never seen by this server: good at once.
     answer = wait_for(lambda: (found := api.predict(data, **{"X-API-Key": asks.key})).status == 200 and found)
@@ -348,10 +348,10 @@ def test_keys_open_what_their_scope_says(start: Callable[..., Api]) -> None:
     assert [item["prediction_id"] for item in mine()] == [answer.json["prediction_id"]] and mine()[0][
         "client"
     ] == asks.id
-    keys.revoke(catalog, asks.id)
+    key_table.revoke(catalog, asks.id)
     wait_for(lambda: api.predict(data, **{"X-API-Key": asks.key}).status == 401)
     # 48: neither log, metrics nor database hold a secret.
-    kept = api.log_text() + api.get("/metrics").body.decode() + repr(keys.list_keys(catalog))
+    kept = api.log_text() + api.get("/metrics").body.decode() + repr(key_table.list_keys(catalog))
     stored = b"".join(file.read_bytes() for file in api.home.glob("catalog.db*"))
     for key in (asks.key, sees.key):
         assert key not in kept and key.rpartition("_")[2].encode() not in stored
@@ -378,7 +378,7 @@ def test_28_a_database_that_goes_away_locks_out_no_known_key(
     api = start(LAWNWATCH_SERVING__REQUIRE_KEYS="true", LAWNWATCH_DATABASE_URL=url)
     catalog = Catalog(api.settings.model_copy(update={"database_url": type(api.settings.database_url)(url)}))
     catalog.migrate()
-    key = keys.create(catalog, "web", ["predict"]).key
+    key = key_table.create(catalog, "web", ["predict"]).key
     wait_for(lambda: api.predict(sb.picture(sb.YELLOW), **{"X-API-Key": key}).status == 200)
     database.server.stop()
     stranger = "lw_" + "0" * 16 + "_" + "A" * 43
@@ -450,16 +450,16 @@ def test_what_is_older_than_the_retention_is_deleted_with_its_picture(start: Cal
     wait_for(lambda: api.get(f"/predictions/{new}/image").status == 200)
     catalog = Catalog(api.settings)
     with catalog.session() as session:
-        row = session.get(predictions.PredictionRow, old)
+        row = session.get(history.PredictionRow, old)
         assert row is not None and row.image_key is not None
         row.created_at -= timedelta(days=31)
         key = row.image_key
-    assert predictions.prune(catalog, api.store, days=0).records == 0
-    done = predictions.prune(catalog, api.store, days=30)
+    assert history.prune(catalog, api.store, days=0).records == 0
+    done = history.prune(catalog, api.store, days=30)
     assert (done.records, done.pictures) == (1, 1) and api.store.stat(key) is None
     problem(api.get(f"/predictions/{old}"), 404, "not_found")
     assert api.get(f"/predictions/{new}/image").status == 200
-    assert predictions.prune(catalog, api.store, days=30).records == 0
+    assert history.prune(catalog, api.store, days=30).records == 0
 
 
 # --- documents ----------------------------------------------------------------------------------------------

@@ -7,15 +7,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import pytest
 
-from lawnwatch import predictions
+from lawnwatch import history, predictions
 from lawnwatch.catalog import Catalog
 from lawnwatch.config import Settings
 from lawnwatch.errors import InputError, NotFound, Unavailable
-from lawnwatch.predictions import Prediction, PredictionWriter, get_prediction, list_predictions
+from lawnwatch.history import get_prediction, list_predictions
+from lawnwatch.predictions import Prediction, PredictionWriter
+from lawnwatch.serving.api import Api
 from lawnwatch.store import ObjectStore, open_store
 
 pytestmark = pytest.mark.unit
@@ -79,7 +82,7 @@ def test_ids_sort_by_time_even_when_the_clock_stands_or_goes_back(monkeypatch: p
 
 
 def test_what_was_written_is_what_is_read(catalog: Catalog, store: ObjectStore) -> None:
-    writer = PredictionWriter(catalog, lambda: store, capacity=10)
+    writer = PredictionWriter(partial(history.insert, catalog), lambda: store, capacity=10)
     one = prediction()
     assert writer.record(one, b"picture", media_type="image/jpeg")
     assert writer.close()
@@ -93,7 +96,7 @@ def test_what_was_written_is_what_is_read(catalog: Catalog, store: ObjectStore) 
 
 def test_pages_hold_everything_once_newest_first(catalog: Catalog, store: ObjectStore) -> None:
     made = [prediction("grass" if n % 3 else "dandelion") for n in range(25)]
-    writer = PredictionWriter(catalog, lambda: store, capacity=100)
+    writer = PredictionWriter(partial(history.insert, catalog), lambda: store, capacity=100)
     for one in made:
         writer.record(one)
     assert writer.close()
@@ -125,7 +128,7 @@ def test_a_database_that_is_away_blocks_nobody_and_loses_nothing_that_fits(
 ) -> None:
     interrupted = Interrupted(settings)
     interrupted.away = True
-    writer = PredictionWriter(interrupted, lambda: store, capacity=5)
+    writer = PredictionWriter(partial(history.insert, interrupted), lambda: store, capacity=5)
     first = prediction()
     writer.record(first)
     soon(lambda: writer.depth == 0)  # the thread holds it and tries
@@ -143,7 +146,7 @@ def test_a_database_that_is_away_blocks_nobody_and_loses_nothing_that_fits(
 def test_closing_gives_up_on_a_dead_database_in_time_and_counts(settings: Settings, store: ObjectStore) -> None:
     interrupted = Interrupted(settings)
     interrupted.away = True
-    writer = PredictionWriter(interrupted, lambda: store, capacity=10)
+    writer = PredictionWriter(partial(history.insert, interrupted), lambda: store, capacity=10)
     for _ in range(7):
         writer.record(prediction())
     started = time.monotonic()
@@ -156,7 +159,7 @@ def test_closing_gives_up_on_a_dead_database_in_time_and_counts(settings: Settin
 def test_one_bad_record_does_not_take_the_others_with_it(catalog: Catalog, store: ObjectStore) -> None:
     twice = prediction()
     others = [prediction() for _ in range(5)]
-    writer = PredictionWriter(catalog, lambda: store, capacity=20)
+    writer = PredictionWriter(partial(history.insert, catalog), lambda: store, capacity=20)
     for one in (twice, *others, twice):
         writer.record(one)
     assert writer.close()
@@ -168,7 +171,7 @@ def test_a_store_that_fails_costs_the_picture_only(catalog: Catalog) -> None:
     def nowhere() -> ObjectStore:
         raise Unavailable("The store does not answer.")
 
-    writer = PredictionWriter(catalog, nowhere, capacity=10)
+    writer = PredictionWriter(partial(history.insert, catalog), nowhere, capacity=10)
     one = prediction()
     writer.record(one, b"picture")
     assert writer.close()
@@ -184,7 +187,7 @@ def test_pictures_that_wait_are_bounded_in_bytes(catalog: Catalog, monkeypatch: 
         opened.wait(10)
         raise Unavailable("The store does not answer.")
 
-    writer = PredictionWriter(catalog, slow_store, capacity=10)
+    writer = PredictionWriter(partial(history.insert, catalog), slow_store, capacity=10)
     for _ in range(4):
         assert writer.record(prediction(), b"x" * 400)
     assert writer.drops["image_queue_full"] == 2
@@ -193,10 +196,5 @@ def test_pictures_that_wait_are_bounded_in_bytes(catalog: Catalog, monkeypatch: 
     assert writer.written == 4
 
 
-def test_the_writer_brings_the_tables_with_it(settings: Settings, store: ObjectStore) -> None:
-    catalog = Catalog(settings)
-    writer = PredictionWriter(catalog, lambda: store, capacity=10, migrate=True)
-    one = prediction()
-    writer.record(one)
-    assert writer.close()
-    assert get_prediction(catalog, one.prediction_id).prediction_id == one.prediction_id
+def test_the_api_brings_the_tables_up_to_date_at_first_use(settings: Settings) -> None:
+    assert list_predictions(Api(settings).catalog).items == []

@@ -6,7 +6,7 @@ import sqlalchemy as sa
 from alembic import context
 
 # Imported for the tables that they declare.
-from lawnwatch import predictions, registry, rollout  # noqa: F401
+from lawnwatch import history, key_table, registry, rollout  # noqa: F401
 from lawnwatch.catalog import Base
 
 

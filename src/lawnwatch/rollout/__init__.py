@@ -14,11 +14,11 @@ from lawnwatch import bundle
 from lawnwatch.catalog import Catalog
 from lawnwatch.config import Settings
 from lawnwatch.errors import NotFound, RolloutFailed
+from lawnwatch.release_target import TARGET_KEY, ReleaseTarget, TargetEntry, read_target, target_of_process
 from lawnwatch.rollout.api import ask_api, golden_fault
 from lawnwatch.rollout.driver import RolloutTarget
 from lawnwatch.rollout.local import POLL_SECONDS, LocalRollout
 from lawnwatch.rollout.record import RolloutRecord, RolloutRow, RolloutStatus
-from lawnwatch.rollout.target import TARGET_KEY, ReleaseTarget, TargetEntry, read_target, target_of_process
 from lawnwatch.store import ObjectStore
 
 __all__ = [

@@ -23,9 +23,9 @@ from lawnwatch import bundle, log
 from lawnwatch.catalog import Catalog
 from lawnwatch.config import Settings
 from lawnwatch.errors import Conflict, InputError, IntegrityError, NotFound, RolloutFailed
+from lawnwatch.release_target import ReleaseTarget, TargetEntry, parsed
 from lawnwatch.rollout.api import Serving, ask_api
 from lawnwatch.rollout.record import RolloutRecord, RolloutRow, RolloutStatus, State
-from lawnwatch.rollout.target import ReleaseTarget, TargetEntry, parsed
 from lawnwatch.store import ObjectStore
 
 logger = log.get(__name__)

@@ -24,9 +24,9 @@ from lawnwatch import bundle
 from lawnwatch.catalog import Catalog
 from lawnwatch.config import Settings
 from lawnwatch.errors import NotFound, SettingsError, Unavailable
+from lawnwatch.release_target import ReleaseTarget
 from lawnwatch.rollout.api import Serving, ask_api, golden_fault
 from lawnwatch.rollout.driver import Driver, Progress
-from lawnwatch.rollout.target import ReleaseTarget
 from lawnwatch.store import ObjectStore
 
 VERSION = "lawnwatch.io/model-version"

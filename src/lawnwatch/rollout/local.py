@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 
 from lawnwatch import bundle
+from lawnwatch.release_target import TARGET_KEY, ReleaseTarget, read_target
 from lawnwatch.rollout.driver import Driver, Progress
-from lawnwatch.rollout.target import TARGET_KEY, ReleaseTarget, read_target
 
 POLL_SECONDS = 0.25
 TIMEOUT_SECONDS = 60.0

@@ -11,7 +11,7 @@ from sqlalchemy import CHAR, Integer, SmallInteger, String, Text, UniqueConstrai
 from sqlalchemy.orm import Mapped, mapped_column
 
 from lawnwatch.catalog import Base, UtcDateTime
-from lawnwatch.rollout.target import ReleaseTarget
+from lawnwatch.release_target import ReleaseTarget
 
 State = Literal["progressing", "complete", "failed", "undone"]
 

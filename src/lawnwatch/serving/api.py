@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client.core import Metric
 from starlette.requests import Request
 from starlette.responses import Response
 
 from lawnwatch import images, keys, log, predictions
-from lawnwatch.catalog import Catalog
 from lawnwatch.config import Settings
 from lawnwatch.serving.admission import Admission, Draining
 from lawnwatch.serving.clients import KeyRing
@@ -19,6 +19,11 @@ from lawnwatch.serving.predictor import UNKNOWN_LABEL, Predictor
 from lawnwatch.serving.turns import FairPool
 from lawnwatch.serving.watcher import ModelWatcher
 from lawnwatch.store import ObjectStore, open_store
+
+# SQLAlchemy and the tables are imported when a record is written or read: they take a quarter of the time to the first
+# answer, which needs neither.
+if TYPE_CHECKING:
+    from lawnwatch.catalog import Catalog
 
 logger = log.get(__name__)
 
@@ -38,10 +43,12 @@ class Api:
             max_wait=serving.max_wait,
             metrics=self.metrics,
         )
-        self.catalog = Catalog(settings)
+        self._catalog: Catalog | None = None
+        self._opening = threading.Lock()
+        self._migrated = False
         self._store: ObjectStore | None = None
         self.watcher = watcher or ModelWatcher(settings, lambda: open_store(settings))
-        self.ring = KeyRing(lambda: keys.list_keys(self.catalog)) if serving.require_keys else None
+        self.ring = KeyRing(self._read_keys) if serving.require_keys else None
         self.pool = FairPool(serving.threads)
         self.direct: dict[str, Callable[[Request], Awaitable[Response]]] = {}  # routes that admission calls itself
         self.writer: predictions.PredictionWriter | None = None
@@ -53,10 +60,9 @@ class Api:
         if self.ring is not None:
             self.ring.start()
         self.writer = predictions.PredictionWriter(
-            self.catalog,
+            self._insert,
             lambda: open_store(self.settings),
             capacity=self.settings.serving.record_queue,
-            migrate=True,
         )
 
     def stop(self) -> None:
@@ -72,6 +78,29 @@ class Api:
     def drain(self) -> None:
         """Not ready from now on, so that balancers send no more; what they send until they know is answered."""
         self.admission.draining = True
+
+    @property
+    def catalog(self) -> Catalog:
+        """The database, opened and its tables brought up to date at first use. Raises Unavailable."""
+        with self._opening:
+            if self._catalog is None:
+                from lawnwatch.catalog import Catalog
+
+                self._catalog = Catalog(self.settings)
+        if not self._migrated:  # outside the lock: many may wait for a database that does not answer
+            self._catalog.migrate()
+            self._migrated = True
+        return self._catalog
+
+    def _insert(self, rows: Sequence[dict[str, Any]]) -> None:
+        from lawnwatch import history
+
+        history.insert(self.catalog, rows)
+
+    def _read_keys(self) -> list[keys.Key]:
+        from lawnwatch import key_table
+
+        return key_table.list_keys(self.catalog)
 
     @property
     def store(self) -> ObjectStore:

@@ -20,7 +20,7 @@ from typing import cast
 from lawnwatch import bundle, log
 from lawnwatch.config import Settings
 from lawnwatch.errors import IntegrityError, LawnwatchError, NoModel, Unavailable
-from lawnwatch.rollout import TargetEntry, target_of_process
+from lawnwatch.release_target import TargetEntry, target_of_process
 from lawnwatch.serving.predictor import Predictor
 from lawnwatch.store import ObjectStore
 

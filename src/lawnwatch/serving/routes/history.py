@@ -59,7 +59,9 @@ def add(app: FastAPI, api: Api) -> None:
             Query(pattern="^[0-9a-f]{16}$", description="Only those that this API key asked for, by its id."),
         ] = None,
     ) -> Response:
-        page = predictions.list_predictions(
+        from lawnwatch import history
+
+        page = history.list_predictions(
             api.catalog,
             limit=limit,
             before=before,
@@ -81,7 +83,7 @@ def add(app: FastAPI, api: Api) -> None:
         tags=["history"],
     )
     def get_prediction(prediction_id: Identity) -> Response:
-        return JSONResponse(_item(predictions.get_prediction(api.catalog, prediction_id)))
+        return JSONResponse(_item(_one(api, prediction_id)))
 
     @app.get(
         "/predictions/{prediction_id}/image",
@@ -94,13 +96,19 @@ def add(app: FastAPI, api: Api) -> None:
         tags=["history"],
     )
     def get_image(prediction_id: Identity) -> Response:
-        one = predictions.get_prediction(api.catalog, prediction_id)
+        one = _one(api, prediction_id)
         if one.image_key is None:
             raise NotFound(
                 f"The picture of prediction {one.prediction_id} was not kept.",
                 hint="LAWNWATCH_SERVING__RECORD_IMAGES says which pictures are kept.",
             )
         return Response(api.store.get(one.image_key), media_type=media_type(one.image_format))
+
+
+def _one(api: Api, prediction_id: str) -> predictions.Prediction:
+    from lawnwatch import history
+
+    return history.get_prediction(api.catalog, prediction_id)
 
 
 def _item(one: predictions.Prediction) -> dict[str, Any]:

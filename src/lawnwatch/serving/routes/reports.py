@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 
-import sqlalchemy as sa
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, Response
 
-from lawnwatch.catalog import QualityReport
 from lawnwatch.errors import NotFound
 from lawnwatch.serving import openapi
 from lawnwatch.serving.api import Api
@@ -26,13 +24,7 @@ def add(app: FastAPI, api: Api) -> None:
         tags=["reports"],
     )
     def quality_report(report: str) -> Response:
-        query = sa.select(QualityReport.object_key).order_by(QualityReport.created_at.desc()).limit(1)
-        if report != "latest":
-            query = query.where(QualityReport.id == report)
-        key = None
-        if report == "latest" or ID.fullmatch(report):
-            with api.catalog.session() as session:
-                key = session.scalar(query)
+        key = api.catalog.quality_report(report) if report == "latest" or ID.fullmatch(report) else None
         if key is None:
             raise NotFound(
                 "There is no quality report yet." if report == "latest" else "There is no such quality report.",
