@@ -190,8 +190,9 @@ class Bench:
         argv = [self.given.student, "-m", "uvicorn", "student:app", "--port", "{port}", "--log-level", "error"]
         return [Server("student", argv, {"TF_CPP_MIN_LOG_LEVEL": "3"}, HERE / "peers")]
 
-    def ceiling(self, variant: str, photos: Path, seconds: float) -> dict[str, float]:
+    def ceiling(self, variant: str, photos: Path, seconds: float, *options: str) -> dict[str, float]:
         argv = [self.given.python, str(HERE / "ceiling.py"), str(self.models[variant]), "--photos", str(photos)]
+        argv += options
         env = {**os.environ, "PYTHONPATH": str(SOURCE)}
         run = subprocess.run([*argv, "--seconds", str(seconds)], env=env, capture_output=True, check=True)
         found: dict[str, float] = json.loads(run.stdout)
@@ -274,15 +275,29 @@ def large(bench: Bench) -> None:
 
 
 def latency(bench: Bench) -> None:
-    """p50 and p99 of each server at 80 % of what its closed loop reached in the same round."""
+    """p50 and p99 of each server at 80 % of what its closed loop reached in the same round.
+
+    Beside them the bare work, in one process and at our servers' rates: what the machine itself does to the tail.
+    """
     servers = bench.started([bench.ours("fp32", "float32"), bench.ours("served", "served"), *bench.peers()])
 
-    def measure(server: Server) -> dict[str, Any]:
-        peak = server.load(bench.photos, bench.given.seconds)["rate"]
-        return server.load(bench.photos, bench.given.seconds, "--rate", str(0.8 * peak), "--connections", "64")
+    peaks: dict[str, float] = {}
 
+    def measure(server: Server) -> dict[str, Any]:
+        peaks[server.name] = server.load(bench.photos, bench.given.seconds)["rate"]
+        rate = str(0.8 * peaks[server.name])
+        return server.load(bench.photos, bench.given.seconds, "--rate", rate, "--connections", "64")
+
+    def bare(name: str, variant: str) -> dict[str, Any]:
+        return bench.ceiling(variant, bench.photos, bench.given.seconds, "--rate", str(0.8 * peaks[name]))
+
+    measures: dict[str, Callable[[], dict[str, Any]]] = {
+        server.name: lambda s=server: measure(s)  # type: ignore[misc]
+        for server in servers
+    }
+    measures |= {"bare fp32": lambda: bare("fp32", "float32"), "bare served": lambda: bare("served", "served")}
     try:
-        found = bench.turns({server.name: lambda s=server: measure(s) for server in servers})  # type: ignore[misc]
+        found = bench.turns(measures)
     finally:
         for server in servers:
             server.stop()

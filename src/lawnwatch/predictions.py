@@ -6,7 +6,6 @@ column. `history` has the table.
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 import time
@@ -18,6 +17,7 @@ from typing import Any, Literal
 
 from lawnwatch import log
 from lawnwatch.errors import LawnwatchError, Unavailable
+from lawnwatch.ids import random_bytes
 from lawnwatch.store import ObjectStore
 
 logger = log.get(__name__)
@@ -53,7 +53,7 @@ def new_id() -> str:
             if _sequence == 1 << 12:
                 _last_milliseconds, _sequence = _last_milliseconds + 1, 0
         head = (_last_milliseconds << 16) | (7 << 12) | _sequence
-    tail = (int.from_bytes(os.urandom(8), "big") >> 2) | (2 << 62)
+    tail = (int.from_bytes(random_bytes(8)) >> 2) | (2 << 62)
     return str(uuid.UUID(int=(head << 64) | tail))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cluster import ROOT
+from cluster import ROOT, until
 
 pytestmark = pytest.mark.images
 
@@ -65,6 +65,22 @@ def test_it_runs_as_nobody_in_particular_and_says_how_it_is(name: str) -> None:
     assert labels["title"] == f"lawnwatch-{name}"
     assert labels["version"] == TAG
     assert len(labels["revision"]) == 40
+
+
+@pytest.mark.parametrize("name", ["api", "webapp", "mlflow", "minio"])
+def test_what_it_serves_is_found_healthy(name: str) -> None:
+    """By the image's own check, which compose waits for; the pipeline image serves nothing by itself."""
+    passwords = ("--env=MINIO_ROOT_USER=somebody", "--env=MINIO_ROOT_PASSWORD=some-long-password")
+    container = docker("run", "--detach", "--network=none", "--read-only", "--cap-drop=ALL", "--tmpfs=/tmp",
+                       *(passwords if name == "minio" else ()), f"{REGISTRY}/{name}:{TAG}").strip()  # fmt: skip
+    try:
+        until(
+            f"{name} is healthy",
+            120,
+            lambda: docker("inspect", "--format={{.State.Health.Status}}", container).strip() == "healthy",
+        )
+    finally:
+        docker("rm", "--force", "--volumes", container)
 
 
 @every_image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lawnwatch import history, predictions
+from lawnwatch import history, ids, predictions
 from lawnwatch.catalog import Catalog
 from lawnwatch.config import Settings
 from lawnwatch.errors import InputError, NotFound, Unavailable
@@ -79,6 +80,19 @@ def test_ids_sort_by_time_even_when_the_clock_stands_or_goes_back(monkeypatch: p
     ids += [predictions.new_id() for _ in range(10_000)]
     assert ids == sorted(ids) and len(set(ids)) == len(ids)
     assert {one[14] for one in ids} == {"7"} and {one[19] for one in ids} <= set("89ab")
+
+
+def test_random_bytes_are_drawn_once_also_after_a_fork() -> None:
+    drawn = [ids.random_bytes(16) for _ in range(1000)]
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        os.write(writing, b"".join(ids.random_bytes(16) for _ in range(100)))
+        os._exit(0)
+    os.waitpid(child, 0)
+    drawn += [ids.random_bytes(16) for _ in range(100)]
+    theirs = os.read(reading, 1600)
+    drawn += [theirs[at : at + 16] for at in range(0, 1600, 16)]
+    assert len(set(drawn)) == 1200 and {len(each) for each in drawn} == {16}
 
 
 def test_what_was_written_is_what_is_read(catalog: Catalog, store: ObjectStore) -> None:

@@ -41,6 +41,7 @@ from lawnwatch.serving.metrics import Metrics
 from lawnwatch.serving.problems import BodyTooLarge, BodyTooSlow, ClientGone
 from lawnwatch.serving.turns import current_client
 
+UNWATCHED = 0.25  # seconds of work or waiting for it until somebody looks whether the client is still there
 PATIENCE = 1.0  # seconds until a sender counts as slow
 SLOW_SENDERS = 64
 BODY_MEMORY = 256_000_000  # bytes of all bodies that are held at once
@@ -378,6 +379,9 @@ async def in_thread(pool: Executor, receive: Receive, deadline: float, work: Cal
     if sender is not None:
         sender.waits(job)
     done: asyncio.Future[T] = asyncio.wrap_future(job)
+    await asyncio.wait({done}, timeout=min(UNWATCHED, max(0.0, deadline - asyncio.get_running_loop().time())))
+    if done.done() and not done.cancelled():
+        return done.result()
     gone = asyncio.ensure_future(_disconnected(receive))
     waited_for: set[asyncio.Future[Any]] = {done, gone}
     try:

@@ -171,7 +171,7 @@ def _recorded(
     if answer.unknown_score is not None and unknown is not None and unknown.threshold > 0:
         metrics.unknown_score.observe(answer.unknown_score / unknown.threshold)
     for stage, seconds in stages.items():
-        metrics.stage_seconds.labels(stage).observe(seconds)
+        metrics.stages[stage].observe(seconds)
     shown = {name: seconds for name, seconds in stages.items() if name in SHOWN_STAGES} | {"total": total}
     document = {
         "prediction_id": prediction_id,

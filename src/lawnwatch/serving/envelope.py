@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import time
-import uuid
 from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lawnwatch import log
+from lawnwatch.ids import random_bytes
 from lawnwatch.serving import problems
 from lawnwatch.serving.metrics import METHODS, Metrics
 from lawnwatch.serving.problems import ClientGone
@@ -113,4 +113,4 @@ def _request_id(scope: Scope) -> str:
             if REQUEST_ID.fullmatch(given):
                 return given
             break
-    return uuid.uuid4().hex
+    return random_bytes(16).hex()

@@ -86,8 +86,7 @@ class Metrics:
         self.batch_pictures = Histogram(
             "lawnwatch_predict_batch_pictures", "Pictures of a batch.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=on
         )
-        for stage in STAGES:
-            self.stage_seconds.labels(stage)
+        self.stages = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
         for reason in REFUSALS:
             self.refused.labels(reason)
 

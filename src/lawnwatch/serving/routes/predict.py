@@ -141,7 +141,7 @@ def _said(api: Api, before: dict[str, float], answered: Answered) -> Response:
         before: stages that passed before the picture was there, seconds.
     """
     for stage, seconds in before.items():
-        api.metrics.stage_seconds.labels(stage).observe(seconds)
+        api.metrics.stages[stage].observe(seconds)
     earlier = "".join(f"{name};dur={seconds * 1000:.3f}, " for name, seconds in before.items())
     return JSONResponse(answered.document, headers={"Server-Timing": earlier + answered.server_timing()})
 
