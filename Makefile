@@ -57,9 +57,12 @@ test-compose: .venv-dev ## the platform by docker compose, its pipelines and its
 	@infra/test-servers
 	$(PYTEST) -m compose -x -s tests/e2e/test_compose.py $(ARGS)
 
+.PHONY: test-cluster-smoke
+test-cluster-smoke: .venv-dev ## what the cluster of KUBECONFIG says of k8s/, without images (two minutes)
+	@$(PYTEST) -m cluster_smoke -x tests/e2e/test_cluster_smoke.py $(ARGS)
+
 .PHONY: test-cluster
 test-cluster: .venv-dev ## the platform on the cluster of KUBECONFIG, from an empty namespace to uninstall (an hour; needs `make images` loaded)
-	@infra/test-servers
 	$(PYTEST) -m cluster -x -s tests/e2e/test_cluster.py $(ARGS)
 
 .PHONY: load
