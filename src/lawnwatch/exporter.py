@@ -107,15 +107,23 @@ class Exporter(Collector):
         parts = {(part,): float(health.get(part, {}).get("status") == "healthy") for part in AIRFLOW_PARTS}
         yield _gauge("lawnwatch_airflow_healthy", "1 when Airflow says this part is healthy.", parts, ["part"])
         states: dict[tuple[str, ...], float] = {}
+        starts: dict[tuple[str, ...], float] = {}
         ends: dict[tuple[str, ...], float] = {}
         for dag in DAGS:
-            runs = self._ask_airflow(url, f"/api/v2/dags/{dag}/dagRuns?order_by=-run_after&limit=1")["dag_runs"]
-            last = runs[0] if runs else {}
-            states |= {(dag, state): float(last.get("state") == state) for state in DAG_STATES}
-            if last.get("end_date"):
-                ends[(dag,)] = _timestamp(last["end_date"])
+            newest = self._newest_run(url, dag, "")
+            states |= {(dag, state): float(newest.get("state") == state) for state in DAG_STATES}
+            if newest.get("start_date"):
+                starts[(dag,)] = _timestamp(newest["start_date"])
+            if end := self._newest_run(url, dag, "&state=success&state=failed").get("end_date"):
+                ends[(dag,)] = _timestamp(end)
         yield _gauge("lawnwatch_dag_run_state", "State of a DAG's newest run.", states, ["dag", "state"])
-        yield _gauge("lawnwatch_dag_run_end_timestamp_seconds", "When it ended.", ends, ["dag"])
+        yield _gauge("lawnwatch_dag_run_start_timestamp_seconds", "When it began.", starts, ["dag"])
+        yield _gauge("lawnwatch_dag_run_end_timestamp_seconds", "When the newest that is over ended.", ends, ["dag"])
+
+    def _newest_run(self, url: str, dag: str, states: str) -> dict[str, Any]:
+        found = self._ask_airflow(url, f"/api/v2/dags/{dag}/dagRuns?order_by=-run_after&limit=1{states}")
+        runs: list[dict[str, Any]] = found["dag_runs"]
+        return runs[0] if runs else {}
 
     def _ask_airflow(self, url: str, path: str) -> Any:
         for fresh in (False, True):

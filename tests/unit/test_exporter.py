@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -27,9 +28,14 @@ class Airflow:
         self.valid = ""
         self.health = {part: {"status": "healthy"} for part in ("metadatabase", "scheduler", "triggerer")}
         self.health["dag_processor"] = {"status": "unhealthy"}
-        self.runs = {
-            "training_pipeline": [{"state": "failed", "end_date": "2026-11-21T10:00:00Z"}],
-            "data_pipeline": [{"state": "running", "end_date": None}],
+        self.runs: dict[str, list[dict[str, str | None]]] = {
+            "training_pipeline": [
+                {"state": "running", "start_date": "2026-11-21T12:00:00Z", "end_date": None},
+                {"state": "success", "start_date": "2026-11-21T09:00:00Z", "end_date": "2026-11-21T10:00:00Z"},
+            ],
+            "data_pipeline": [
+                {"state": "failed", "start_date": "2026-11-21T08:00:00Z", "end_date": "2026-11-21T08:30:00Z"}
+            ],
         }
         airflow = self
 
@@ -50,8 +56,10 @@ class Airflow:
                 elif self.headers.get("authorization") != f"Bearer {airflow.valid}":
                     self.reply(401, {})
                 else:
-                    dag = self.path.split("/")[4]
-                    self.reply(200, {"dag_runs": airflow.runs.get(dag, [])})
+                    asked = urlsplit(self.path)
+                    runs = airflow.runs.get(asked.path.split("/")[4], [])
+                    states = parse_qs(asked.query).get("state", [run["state"] for run in runs])
+                    self.reply(200, {"dag_runs": [run for run in runs if run["state"] in states]})
 
             def reply(self, status: int, body: object) -> None:
                 self.send_response(status)
@@ -107,11 +115,13 @@ def test_airflows_parts_and_newest_runs(settings: Settings, catalog: Catalog, ai
     found = registry(settings, catalog, airflow.url)
     assert found.get_sample_value("lawnwatch_airflow_healthy", {"part": "scheduler"}) == 1
     assert found.get_sample_value("lawnwatch_airflow_healthy", {"part": "dag_processor"}) == 0
-    assert found.get_sample_value("lawnwatch_dag_run_state", {"dag": "training_pipeline", "state": "failed"}) == 1
-    assert found.get_sample_value("lawnwatch_dag_run_state", {"dag": "data_pipeline", "state": "running"}) == 1
+    assert found.get_sample_value("lawnwatch_dag_run_state", {"dag": "training_pipeline", "state": "running"}) == 1
+    assert found.get_sample_value("lawnwatch_dag_run_state", {"dag": "data_pipeline", "state": "failed"}) == 1
     assert found.get_sample_value("lawnwatch_dag_run_state", {"dag": "inference_pipeline", "state": "failed"}) == 0
-    ended = {"dag": "training_pipeline"}
-    assert found.get_sample_value("lawnwatch_dag_run_end_timestamp_seconds", ended) == 1795255200.0
+    # The newest run goes on; the one before says when training ended last.
+    training = {"dag": "training_pipeline"}
+    assert found.get_sample_value("lawnwatch_dag_run_start_timestamp_seconds", training) == 1795262400.0
+    assert found.get_sample_value("lawnwatch_dag_run_end_timestamp_seconds", training) == 1795255200.0
     assert airflow.tokens == 1, "one login for all scrapes"
 
 
