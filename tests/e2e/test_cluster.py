@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -72,7 +73,10 @@ def test_1_everything_but_the_api_is_ready_within_five_minutes(cluster: Cluster,
 def test_1_every_pod_fits_two_cores_and_twelve_gigabytes(cluster: Cluster, note: Note) -> None:
     (node,) = [each["metadata"]["name"] for each in cluster.get("nodes")["items"]][:1]
     asked = cluster.kubectl("describe", "node", node).partition("Allocated resources")[2]
-    note("requests", " ".join(asked.split()[:40]))
+    cores = int(re.search(r"cpu +(\d+)m ", asked)[1]) / 1000  # type: ignore[index]
+    gigabytes = int(re.search(r"memory +(\d+)Mi ", asked)[1]) * 2**20 / 1e9  # type: ignore[index]
+    note("requests of all pods, the cluster's own among them", f"{cores} cores, {gigabytes:.1f} GB")
+    assert cores <= 2 and gigabytes <= 12
     pending = [pod["metadata"]["name"] for pod in cluster.get("pods")["items"] if pod["status"]["phase"] == "Pending"]
     assert not pending
 
