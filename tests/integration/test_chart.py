@@ -28,6 +28,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "small": ("-f", str(CHART / "values-small.yaml")),
     "production": ("-f", str(CHART / "values-production.yaml")),
     "secrets by a job": ("--set", "secrets.create=job"),
+    "upgrade": ("--is-upgrade", "--set", "secrets.create=job"),
     "gateway": ("--set", "httpRoute.enabled=true,httpRoute.gateway=edge,api.autoscaling.requestsInFlight=8"),
 }
 CRDS = {"ServiceMonitor", "PrometheusRule", "HTTPRoute"}
@@ -280,6 +281,27 @@ def test_every_service_and_policy_selects_pods_that_there_are(name: str) -> None
         }.get(each["kind"], lambda spec: None)(each.get("spec", {}))
         if selector:
             assert [one for one in labels if selector.items() <= one.items()], each["metadata"]["name"]
+
+
+def test_nothing_that_a_pod_waits_for_comes_only_after_the_install() -> None:
+    for name in ("default", "secrets by a job"):
+        hooks = {each["metadata"]["name"]: each["metadata"]["annotations"]["helm.sh/hook"]
+                 for each in rendered(name) if "helm.sh/hook" in each["metadata"].get("annotations", {})}  # fmt: skip
+        assert not [hook for hook in hooks.values() if "post-" in hook]
+        assert "lawnwatch-bootstrap" not in hooks
+        assert find(rendered(name), "Job", "lawnwatch-bootstrap")
+
+
+def test_an_upgrade_makes_secrets_then_migrates_before_a_pod_changes_and_a_rollback_does_neither() -> None:
+    hooks = {each["metadata"]["name"]: each["metadata"]["annotations"] for each in rendered("upgrade")
+             if each["kind"] == "Job"}  # fmt: skip
+    assert set(hooks) == {"lawnwatch-secrets", "lawnwatch-migrate"}, "another name than the install's own Job"
+    assert hooks["lawnwatch-migrate"] == {
+        "helm.sh/hook": "pre-upgrade",
+        "helm.sh/hook-weight": "5",
+        "helm.sh/hook-delete-policy": "before-hook-creation",
+    }
+    assert hooks["lawnwatch-secrets"]["helm.sh/hook-weight"] == "0"
 
 
 def test_every_claim_outlives_the_release() -> None:
