@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +303,43 @@ def test_an_upgrade_makes_secrets_then_migrates_before_a_pod_changes_and_a_rollb
         "helm.sh/hook-delete-policy": "before-hook-creation",
     }
     assert hooks["lawnwatch-secrets"]["helm.sh/hook-weight"] == "0"
+
+
+@cache
+def policies(name: str) -> dict[str, Object]:
+    return {each["metadata"]["name"].removeprefix("lawnwatch-"): each["spec"] for each in rendered(name)
+            if each["kind"] == "NetworkPolicy"}  # fmt: skip
+
+
+def admitted(part: str) -> set[str]:
+    """The parts that may connect to this one."""
+    (rule,) = policies("default")[part]["ingress"]
+    (source,) = rule["from"]
+    (expression,) = source["podSelector"]["matchExpressions"]
+    return set(expression["values"])
+
+
+def test_each_server_admits_those_that_ask_it_and_nobody_else() -> None:
+    assert admitted("mlflow") == {"exporter", "airflow-scheduler", "step", "bootstrap", "test"}
+    assert "prometheus" in admitted("minio")
+    assert not {"webapp", "alertmanager"} & set.union(*map(admitted, ("mysql", "minio", "mlflow", "airflow-api")))
+
+
+@pytest.mark.parametrize("part", ["api", "step"])
+def test_what_fetches_pictures_never_reaches_the_clouds_metadata(part: str) -> None:
+    """The address may be reached for names only, by no rule that holds for every port."""
+    reached = [
+        (to["ipBlock"], rule.get("ports"))
+        for rule in policies("default")[part]["egress"]
+        for to in rule["to"]
+        if "ipBlock" in to
+    ]
+    for metadata in map(ip_address, ("169.254.169.254", "169.254.170.2", "fe80::a9fe:a9fe", "fd00:ec2::254")):
+        for block, ports in reached:
+            inside = metadata in ip_network(block["cidr"])
+            assert not inside or any(metadata in ip_network(each) for each in block["except"]), (metadata, ports)
+    web = map(ip_address, ("93.184.216.34", "10.96.0.1", "2606:2800:220:1::1"))
+    assert all(any(address in ip_network(block["cidr"]) for block, _ in reached) for address in web)
 
 
 def test_every_claim_outlives_the_release() -> None:
