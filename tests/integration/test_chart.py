@@ -101,18 +101,43 @@ def test_the_plain_manifests_are_valid_and_hold_no_secret() -> None:
         assert not [key for key in each["metadata"].get("annotations") or {} if key.startswith("helm.sh/")]
 
 
-@pytest.mark.parametrize("overlay", ["small", "production"])
-def test_an_overlay_builds_to_valid_objects(overlay: str) -> None:
+@cache
+def overlay(name: str) -> list[Object]:
     kustomize = Path(program("kubectl", str(Path.home() / ".cache/lawnwatch/bin/kustomize"), "kustomize"))
     verb = "build" if kustomize.name == "kustomize" else "kustomize"
     built = subprocess.run(
-        [kustomize, verb, f"k8s/overlays/{overlay}"], cwd=ROOT, capture_output=True, text=True, check=True
+        [kustomize, verb, f"k8s/overlays/{name}"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    objects = [each for each in yaml.safe_load_all(built) if each]
-    for each in objects:
+    return [each for each in yaml.safe_load_all(built) if each]
+
+
+@pytest.mark.parametrize("name", ["small", "production"])
+def test_an_overlay_builds_to_valid_objects(name: str) -> None:
+    for each in overlay(name):
         kubernetes_validate.validate(each, "1.34", strict=True)
-    scaler = find(objects, "HorizontalPodAutoscaler", "lawnwatch-api")
-    assert scaler["spec"]["minReplicas"] == {"small": 1, "production": 3}[overlay]
+
+
+def test_the_overlay_production_has_more_of_what_is_stateless() -> None:
+    assert find(overlay("production"), "HorizontalPodAutoscaler", "lawnwatch-api")["spec"]["minReplicas"] == 3
+
+
+def test_the_overlay_small_is_what_helm_installs_with_the_small_values() -> None:
+    """Volumes, pods and steps: otherwise neither can be applied over the other, nor train on two cores."""
+    built = {(each["kind"], each["metadata"]["name"]): each for each in overlay("small")}
+    for each in rendered("small"):
+        if each["kind"] != "Secret" and "helm.sh/hook" not in each["metadata"].get("annotations", {}):
+            assert plain(built[each["kind"], each["metadata"]["name"]]) == plain(each)
+
+
+def plain(value: Any) -> Any:
+    """An object without its namespace and what only Helm reads; the steps' pod in it as an object."""
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    helms = {"helm.sh/chart", "app.kubernetes.io/managed-by", "namespace"}
+    return {key: plain(yaml.safe_load(each) if key == "pod.yaml" else each)
+            for key, each in value.items() if key not in helms}  # fmt: skip
 
 
 # ── values ──────────────────────────────────────────────────────────────────────────────────────────────────
