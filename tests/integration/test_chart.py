@@ -266,6 +266,26 @@ def test_the_chart_never_names_a_model(name: str) -> None:
     assert "replicas" not in api["spec"], "the autoscaler's; an upgrade would undo it"
 
 
+@pytest.mark.parametrize("name", VALUES)
+def test_every_container_asks_for_what_it_needs_and_has_a_limit_of_memory(name: str) -> None:
+    for pod, spec in pods(rendered(name)):
+        for each in containers(spec):
+            resources = each["resources"]
+            assert {"cpu", "memory"} <= resources["requests"].keys(), (pod, each["name"])
+            assert mebibytes(resources["requests"]["memory"]) <= mebibytes(resources["limits"]["memory"]), pod
+
+
+def test_the_pod_of_a_step_outlives_the_grace_of_the_step_in_it() -> None:
+    worker = dict(pods(rendered("default")))["ConfigMap/lawnwatch-airflow/pod.yaml"]
+    assert worker["terminationGracePeriodSeconds"] > 30, "pipeline.GRACE_SECONDS"
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_kubernetes_adds_no_settings_of_its_own(name: str) -> None:
+    """With service links a pod finds LAWNWATCH_API_PORT=tcp://… in its environment."""
+    assert not [pod for pod, spec in pods(rendered(name)) if spec.get("enableServiceLinks", True)]
+
+
 # ── how it hangs together ───────────────────────────────────────────────────────────────────────────────────
 
 

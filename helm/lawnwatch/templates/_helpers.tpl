@@ -29,6 +29,7 @@ imagePullPolicy: {{ $root.Values.image.pullPolicy }}
 {{- define "lawnwatch.pod" -}}
 {{- $root := index . 0 -}}
 serviceAccountName: {{ printf "%s-%s" (include "lawnwatch.name" $root) (index . 2) }}
+enableServiceLinks: false    # LAWNWATCH_API_PORT=tcp://… would look like a setting of ours
 automountServiceAccountToken: {{ has (index . 2) (list "airflow" "rollout" "secrets") }}
 {{- with $root.Values.image.pullSecrets }}
 imagePullSecrets: {{- range . }}
