@@ -24,14 +24,18 @@ pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm/lawnwatch"
+# fmt: off
 VALUES: dict[str, tuple[str, ...]] = {
     "default": (),
     "small": ("-f", str(CHART / "values-small.yaml")),
-    "production": ("-f", str(CHART / "values-production.yaml")),
+    "production": ("-f", str(CHART / "values-production.yaml"), "--api-versions=monitoring.coreos.com/v1"),
+    "operator": ("--set", "monitoring.operator=true,monitoring.labels.release=stack",
+                 "--api-versions=monitoring.coreos.com/v1"),
     "secrets by a job": ("--set", "secrets.create=job"),
     "upgrade": ("--is-upgrade", "--set", "secrets.create=job"),
     "gateway": ("--set", "httpRoute.enabled=true,httpRoute.gateway=edge,api.autoscaling.requestsInFlight=8"),
 }
+# fmt: on
 CRDS = {"ServiceMonitor", "PrometheusRule", "HTTPRoute"}
 
 Object = dict[str, Any]
@@ -166,6 +170,19 @@ def test_a_server_that_is_switched_off_must_be_named() -> None:
     result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set", "mysql.enabled=false")
     assert result.returncode != 0
     assert "mysql.host is needed" in result.stderr
+
+
+def test_an_operator_that_is_not_there_is_an_error_that_says_so() -> None:
+    result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set", "monitoring.operator=true")
+    assert result.returncode != 0
+    assert "install the Prometheus operator first" in result.stderr
+
+
+def test_an_autoscaler_whose_least_is_more_than_its_most_is_an_error() -> None:
+    few = "api.autoscaling.minReplicas=4,api.autoscaling.maxReplicas=3"
+    result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set", few)
+    assert result.returncode != 0
+    assert "minReplicas is 4 and maxReplicas 3" in result.stderr
 
 
 def test_the_schema_knows_every_value_and_no_other() -> None:
@@ -385,6 +402,55 @@ def test_what_fetches_pictures_never_reaches_the_clouds_metadata(part: str) -> N
             assert not inside or any(metadata in ip_network(each) for each in block["except"]), (metadata, ports)
     web = map(ip_address, ("93.184.216.34", "10.96.0.1", "2606:2800:220:1::1"))
     assert all(any(address in ip_network(block["cidr"]) for block, _ in reached) for address in web)
+
+
+def _monitored(name: str) -> dict[str, tuple[str, str]]:
+    """Job, port and path of every endpoint of the ServiceMonitors, by the name that alerts and panels use."""
+    return {
+        one["relabelings"][0]["replacement"]: (one["port"], one["path"])
+        for each in rendered(name) if each["kind"] == "ServiceMonitor"
+        for one in each["spec"]["endpoints"]
+    }  # fmt: skip
+
+
+def test_an_operators_prometheus_scrapes_what_ours_would() -> None:
+    ours = yaml.safe_load(find(rendered("default"), "ConfigMap", "lawnwatch-prometheus")["data"]["prometheus.yml"])
+    paths = {each["job_name"]: each.get("metrics_path", "/metrics") for each in ours["scrape_configs"]}
+    paths.pop("prometheus")  # itself
+    assert {job: path for job, (_, path) in _monitored("operator").items()} == paths
+    assert "minio" not in _monitored("production"), "none of ours is there"
+
+
+def test_an_operators_prometheus_finds_the_monitors_and_their_ports() -> None:
+    objects = rendered("operator")
+    for each in objects:
+        if each["kind"] in ("ServiceMonitor", "PrometheusRule"):
+            assert each["metadata"]["labels"]["release"] == "stack"
+        if each["kind"] == "ServiceMonitor":
+            service = find(objects, "Service", each["metadata"]["name"])
+            assert each["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+            ports = {port["name"] for port in service["spec"]["ports"]}
+            assert {one["port"] for one in each["spec"]["endpoints"]} <= ports
+
+
+def test_an_operators_prometheus_may_ask_from_its_own_namespace_what_is_not_open_to_all() -> None:
+    theirs = {"namespaceSelector": {}, "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}}}
+    admitting = {part for part, spec in policies("operator").items()
+                 for rule in spec.get("ingress", []) if theirs in rule["from"]}  # fmt: skip
+    closed = {part for part, spec in policies("operator").items() if "ingress" in spec}
+    assert admitting == closed & {each["metadata"]["name"].removeprefix("lawnwatch-")
+                                  for each in rendered("operator") if each["kind"] == "ServiceMonitor"}  # fmt: skip
+    assert theirs not in policies("default")["minio"]["ingress"][0]["from"]
+
+
+def test_every_setting_of_prometheus_starts_it_anew() -> None:
+    def checksum(*argv: str) -> str:
+        text = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", *argv).stdout
+        pod = find([each for each in yaml.safe_load_all(text) if each], "StatefulSet", "lawnwatch-prometheus")
+        return str(pod["spec"]["template"]["metadata"]["annotations"]["checksum/config"])
+
+    assert checksum() == checksum("--set", "api.replicas=3")
+    assert checksum() != checksum("--set", "monitoring.alertmanager.enabled=false")
 
 
 def test_every_claim_outlives_the_release() -> None:
