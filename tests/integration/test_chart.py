@@ -404,6 +404,30 @@ def test_what_fetches_pictures_never_reaches_the_clouds_metadata(part: str) -> N
     assert all(any(address in ip_network(block["cidr"]) for block, _ in reached) for address in web)
 
 
+def annotations(name: str, ingress: str) -> Object:
+    """An Ingress's annotations without nginx' prefix."""
+    found = find(overlay("production") if name == "overlay" else rendered(name), "Ingress", ingress)
+    return {key.removeprefix("nginx.ingress.kubernetes.io/"): each
+            for key, each in found["metadata"]["annotations"].items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["production", "overlay"])
+def test_a_page_keeps_its_pod_and_the_api_spreads_its_requests(name: str) -> None:
+    sticky = {"affinity": "cookie", "affinity-mode": "persistent", "session-cookie-path": "/"}
+    assert sticky.items() <= annotations(name, "lawnwatch-webapp").items()
+    assert "affinity" not in annotations(name, "lawnwatch-api")
+    assert annotations(name, "lawnwatch-api")["rewrite-target"] == "/$2"
+    assert "rewrite-target" not in annotations(name, "lawnwatch-webapp")
+
+
+def test_an_annotation_of_ones_own_takes_the_place_of_the_charts() -> None:
+    assert annotations("production", "lawnwatch-api")["cert-manager.io/cluster-issuer"] == "letsencrypt"
+    key = r"ingress.annotations.nginx\.ingress\.kubernetes\.io/proxy-body-size"
+    text = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--show-only=templates/ingress.yaml",
+                "--set", f"ingress.enabled=true,{key}=1m").stdout  # fmt: skip
+    assert text.count("proxy-body-size: 1m") == 2 and "25m" not in text
+
+
 def _monitored(name: str) -> dict[str, tuple[str, str]]:
     """Job, port and path of every endpoint of the ServiceMonitors, by the name that alerts and panels use."""
     return {
