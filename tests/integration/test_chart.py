@@ -477,6 +477,55 @@ def test_every_setting_of_prometheus_starts_it_anew() -> None:
     assert checksum() != checksum("--set", "monitoring.alertmanager.enabled=false")
 
 
+def _environments(*argv: str) -> dict[str, dict[str, Object]]:
+    """Each pod's environment, the main container's, as names with their entries."""
+    result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", *argv)
+    assert result.returncode == 0, result.stderr
+    objects = [each for each in yaml.safe_load_all(result.stdout) if each]
+    return {pod: {each["name"]: each for each in spec["containers"][0].get("env", [])} for pod, spec in pods(objects)}
+
+
+WORKER = "ConfigMap/lawnwatch-airflow/pod.yaml"
+
+
+def test_a_key_goes_to_those_that_ask_the_api_and_to_no_other() -> None:
+    environments = _environments("--set", "secrets.apiKey=mine")
+    holders = {pod for pod, env in environments.items() if "LAWNWATCH_API_KEY" in env}
+    assert holders >= {WORKER, "Deployment/lawnwatch-webapp", "Deployment/lawnwatch-airflow-scheduler",
+                       "Pod/lawnwatch-test-predict"}  # fmt: skip
+    assert not holders & {"Deployment/lawnwatch-api", "Deployment/lawnwatch-exporter", "Deployment/lawnwatch-mlflow",
+                          "StatefulSet/lawnwatch-mysql", "StatefulSet/lawnwatch-minio"}  # fmt: skip
+    for pod in holders:
+        wanted = {"secretKeyRef": {"name": "mine", "key": "api-key"}}
+        assert environments[pod]["LAWNWATCH_API_KEY"]["valueFrom"] == wanted
+    assert not [pod for pod, env in _environments().items() if "LAWNWATCH_API_KEY" in env]
+
+
+@pytest.mark.parametrize(
+    ("settings", "url"),
+    [
+        ("api.replicas=2", "http://localhost:8000"),
+        ("ingress.enabled=true,ingress.host=lawn.example", "http://lawn.example/api"),
+        ("ingress.enabled=true,ingress.host=lawn.example,ingress.tlsSecret=cert", "https://lawn.example/api"),
+        ("httpRoute.enabled=true,httpRoute.gateway=edge,httpRoute.host=lawn.example", "https://lawn.example/api"),
+        ("ingress.enabled=true,publicUrl=https://api.lawn.example", "https://api.lawn.example"),
+    ],
+)
+def test_links_to_reports_begin_where_a_browser_reaches_the_api(settings: str, url: str) -> None:
+    environments = _environments("--set", settings)
+    for pod in (WORKER, "Deployment/lawnwatch-airflow-scheduler"):
+        assert environments[pod]["LAWNWATCH_PUBLIC_URL"]["value"] == url
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_no_setting_is_given_twice(name: str) -> None:
+    """Kubernetes would take the last one, and refuse both in a server-side apply."""
+    for pod, spec in pods(rendered(name)):
+        for each in containers(spec):
+            names = [one["name"] for one in each.get("env", [])]
+            assert len(names) == len(set(names)), pod
+
+
 def test_every_claim_outlives_the_release() -> None:
     for each in rendered("default"):
         assert each["kind"] != "PersistentVolumeClaim", "Helm would delete it with the release"
