@@ -1,4 +1,4 @@
-"""Write what is derived from the chart: the manifests in k8s/ and the table of values in helm/lawnwatch/README.md.
+"""Write what is derived from the chart: the manifests in k8s/, its overlay `small`, and the chart's table of values.
 
 python infra/render_chart.py            # needs helm
 python infra/render_chart.py --check    # writes nothing; exit code 1 when something is not as the chart says
@@ -11,12 +11,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "helm/lawnwatch"
 NAMESPACE = "lawnwatch"
 NOTE = "# Rendered from helm/lawnwatch by `make manifests`; change the chart, not this file.\n"
+KUSTOMIZATION = f"{NOTE}apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
 NAMESPACE_FILE = f"""{NOTE}apiVersion: v1
 kind: Namespace
 metadata:
@@ -28,10 +30,11 @@ metadata:
 
 
 def main() -> None:
-    wanted = manifests() | {CHART / "README.md": readme()}
-    links = {ROOT / "k8s" / path.name: f"base/{path.name}" for path in wanted if path.suffix == ".yaml"}
+    base = manifests()
+    wanted = base | small_overlay() | {CHART / "README.md": readme()}
+    links = {ROOT / "k8s" / path.name: f"base/{path.name}" for path in base}
     links.pop(ROOT / "k8s/kustomization.yaml")  # `kubectl apply -f k8s/` would take it for a resource
-    there = {path for folder in (ROOT / "k8s", ROOT / "k8s/base") for path in folder.glob("*.yaml")}
+    there = {path for folder in ("k8s", "k8s/base", "k8s/overlays/small") for path in (ROOT / folder).glob("*.yaml")}
     stale = [path for path in there if path not in wanted and path not in links]
     stale += [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     stale += [path for path, to in links.items() if not path.is_symlink() or str(path.readlink()) != to]
@@ -50,32 +53,57 @@ def main() -> None:
 
 def manifests() -> dict[Path, str]:
     """One file for each template, and a kustomization that lists them."""
+    parts: dict[str, list[str]] = {}
+    for source, text in render():
+        parts.setdefault(source, []).append(text)
+    base = ROOT / "k8s/base"
+    files = {base / name: NOTE + "\n---\n".join(documents) + "\n" for name, documents in sorted(parts.items())}
+    files[base / "00-namespace.yaml"] = NAMESPACE_FILE
+    names = sorted(path.name for path in files)
+    files[base / "kustomization.yaml"] = f"{KUSTOMIZATION}resources:\n" + "".join(f"  - {name}\n" for name in names)
+    return files
+
+
+def small_overlay() -> dict[Path, str]:
+    """The objects that values-small.yaml changes, each as a patch of the one in k8s/base."""
+    base = {_identity(text): text for _, text in render()}
+    small = {_identity(text): text for _, text in render("--values", str(CHART / "values-small.yaml"))}
+    if base.keys() != small.keys():
+        sys.exit(f"a patch neither adds nor takes away an object: {sorted(base.keys() ^ small.keys())}")
+    overlay = ROOT / "k8s/overlays/small"
+    files = {overlay / f"{name}.yaml": f"{NOTE}{text}\n" for name, text in small.items() if text != base[name]}
+    names = sorted(path.name for path in files)
+    files[overlay / "kustomization.yaml"] = (
+        f"{KUSTOMIZATION}# One node with 2 cores and 12 GB, as values-small.yaml: kubectl apply -k k8s/overlays/small\n"
+        "resources: [../../base]\npatches:\n" + "".join(f"  - path: {name}\n" for name in names)
+    )
+    return files
+
+
+def _identity(text: str) -> str:
+    """The name of an object's file: `statefulset-mysql`."""
+    kind, name = re.findall(r"^(?:kind|  name): (\S+)$", text, re.MULTILINE)[:2]
+    return f"{kind.lower()}-{name.removeprefix('lawnwatch-')}"
+
+
+def render(*values: str) -> Iterator[tuple[str, str]]:
+    """Name of the template and text of each object, as `kubectl apply` takes it."""
     # infra/test-servers builds one where there is none.
     helm = shutil.which("helm", path=f"{os.environ['PATH']}:{Path.home() / '.cache/lawnwatch/bin'}")
     if helm is None:
         sys.exit("helm is not installed; infra/test-servers builds it")
     rendered = subprocess.run(
         [helm, "template", "lawnwatch", str(CHART), "--namespace", NAMESPACE, "--skip-tests",
-         "--kube-version", "1.34.0", "--set", "secrets.create=job"],
+         "--kube-version", "1.34.0", "--set", "secrets.create=job", *values],
         check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
-    parts: dict[str, list[str]] = {}
     for document in re.split(r"^---\n", rendered, flags=re.MULTILINE):
         source = re.match(r"# Source: lawnwatch/templates/(\S+)\n", document)
         if source:
             # An object of its own is only what holds more than comments.
             text = document[source.end() :].strip("\n")
             if re.search(r"^kind:", text, re.MULTILINE):
-                parts.setdefault(source[1], []).append(_plain(text))
-    base = ROOT / "k8s/base"
-    files = {base / name: NOTE + "\n---\n".join(documents) + "\n" for name, documents in sorted(parts.items())}
-    files[base / "00-namespace.yaml"] = NAMESPACE_FILE
-    names = sorted(path.name for path in files)
-    files[base / "kustomization.yaml"] = (
-        f"{NOTE}apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources:\n"
-        + "".join(f"  - {name}\n" for name in names)
-    )
-    return files
+                yield source[1], _plain(text)
 
 
 def _plain(document: str) -> str:

@@ -427,12 +427,33 @@ def test_6_an_upgrade_leaves_the_model_and_the_passwords(cluster: Cluster) -> No
 
 def test_6_the_plain_manifests_leave_the_model(cluster: Cluster) -> None:
     model = cluster.model()
-    cluster.kubectl("apply", "--dry-run=server", "-f", str(ROOT / "k8s"))
-    cluster.kubectl("apply", "-f", str(ROOT / "k8s/api.yaml"))
+    overlay = _as_installed(cluster, cluster.kubectl("kustomize", str(ROOT / "k8s/overlays/small")))
+    jobs = (f"{RELEASE}-bootstrap", f"{RELEASE}-secrets")
+    cluster.kubectl("delete", "job", *jobs, "--ignore-not-found")  # the rollback's; a Job cannot be changed
+    cluster.kubectl("apply", "--dry-run=server", "-f", "-", stdin=overlay)
+    cluster.kubectl("apply", "-f", "-", stdin=overlay)
     assert cluster.model() == model
+    for job in jobs:
+        cluster.kubectl("wait", "--for=condition=Complete", f"job/{job}", "--timeout=500s")
+    # Every new pod, and not the old ones that are ready all the while: the template was taken and works.
+    for each in cluster.get("deployments,statefulsets")["items"]:
+        cluster.kubectl("rollout", "status", f"{each['kind']}/{each['metadata']['name']}", "--timeout=500s")
+    assert cluster.model() == model
+    status, info = cluster.api("/model/info")
+    assert (status, info["model"]["sha256"]) == (200, model["lawnwatch.io/model-sha256"])
+    cluster.kubectl(
+        "delete", "job", *jobs, "--ignore-not-found"
+    )  # not Helm's: the next install would refuse to take them over
     cluster.helm("upgrade", RELEASE, str(ROOT / "helm/lawnwatch"), *cluster.values())
     cluster.settled(300)
     assert cluster.model() == model
+
+
+def _as_installed(cluster: Cluster, manifests: str) -> bytes:
+    """Manifests with the images of this installation, and the environment that may fetch from the world's pod."""
+    images = rf"\b{RELEASE}/(api|webapp|pipeline|mlflow|minio):[\w.-]+"
+    manifests = re.sub(images, rf"{cluster.images}/\1:{cluster.tag}", manifests)
+    return re.sub(r'(name: LAWNWATCH_ENVIRONMENT,?\s+value: "?)production', r"\1development", manifests).encode()
 
 
 def test_6_after_uninstall_and_install_everything_is_there(cluster: Cluster) -> None:

@@ -5,11 +5,13 @@ No cluster runs here; tests/e2e/test_cluster.py installs the chart on one.
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,21 @@ pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm/lawnwatch"
+# fmt: off
 VALUES: dict[str, tuple[str, ...]] = {
     "default": (),
     "small": ("-f", str(CHART / "values-small.yaml")),
-    "production": ("-f", str(CHART / "values-production.yaml")),
+    "production": ("-f", str(CHART / "values-production.yaml"), "--api-versions=monitoring.coreos.com/v1"),
+    "operator": ("--set", "monitoring.operator=true,monitoring.labels.release=stack",
+                 "--api-versions=monitoring.coreos.com/v1"),
     "secrets by a job": ("--set", "secrets.create=job"),
+    "upgrade": ("--is-upgrade", "--set", "secrets.create=job"),
     "gateway": ("--set", "httpRoute.enabled=true,httpRoute.gateway=edge,api.autoscaling.requestsInFlight=8"),
 }
+# fmt: on
 CRDS = {"ServiceMonitor", "PrometheusRule", "HTTPRoute"}
+
+WORKER = "ConfigMap/lawnwatch-airflow/pod.yaml"  # the template of the steps' pods
 
 Object = dict[str, Any]
 
@@ -99,18 +108,43 @@ def test_the_plain_manifests_are_valid_and_hold_no_secret() -> None:
         assert not [key for key in each["metadata"].get("annotations") or {} if key.startswith("helm.sh/")]
 
 
-@pytest.mark.parametrize("overlay", ["small", "production"])
-def test_an_overlay_builds_to_valid_objects(overlay: str) -> None:
+@cache
+def overlay(name: str) -> list[Object]:
     kustomize = Path(program("kubectl", str(Path.home() / ".cache/lawnwatch/bin/kustomize"), "kustomize"))
     verb = "build" if kustomize.name == "kustomize" else "kustomize"
     built = subprocess.run(
-        [kustomize, verb, f"k8s/overlays/{overlay}"], cwd=ROOT, capture_output=True, text=True, check=True
+        [kustomize, verb, f"k8s/overlays/{name}"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    objects = [each for each in yaml.safe_load_all(built) if each]
-    for each in objects:
+    return [each for each in yaml.safe_load_all(built) if each]
+
+
+@pytest.mark.parametrize("name", ["small", "production"])
+def test_an_overlay_builds_to_valid_objects(name: str) -> None:
+    for each in overlay(name):
         kubernetes_validate.validate(each, "1.34", strict=True)
-    scaler = find(objects, "HorizontalPodAutoscaler", "lawnwatch-api")
-    assert scaler["spec"]["minReplicas"] == {"small": 1, "production": 3}[overlay]
+
+
+def test_the_overlay_production_has_more_of_what_is_stateless() -> None:
+    assert find(overlay("production"), "HorizontalPodAutoscaler", "lawnwatch-api")["spec"]["minReplicas"] == 3
+
+
+def test_the_overlay_small_is_what_helm_installs_with_the_small_values() -> None:
+    """Volumes, pods and steps: otherwise neither can be applied over the other, nor train on two cores."""
+    built = {(each["kind"], each["metadata"]["name"]): each for each in overlay("small")}
+    for each in rendered("small"):
+        if each["kind"] != "Secret" and "helm.sh/hook" not in each["metadata"].get("annotations", {}):
+            assert plain(built[each["kind"], each["metadata"]["name"]]) == plain(each)
+
+
+def plain(value: Any) -> Any:
+    """An object without its namespace and what only Helm reads; the steps' pod in it as an object."""
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    helms = {"helm.sh/chart", "app.kubernetes.io/managed-by", "namespace"}
+    return {key: plain(yaml.safe_load(each) if key == "pod.yaml" else each)
+            for key, each in value.items() if key not in helms}  # fmt: skip
 
 
 # ── values ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -139,6 +173,19 @@ def test_a_server_that_is_switched_off_must_be_named() -> None:
     result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set", "mysql.enabled=false")
     assert result.returncode != 0
     assert "mysql.host is needed" in result.stderr
+
+
+def test_an_operator_that_is_not_there_is_an_error_that_says_so() -> None:
+    result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set", "monitoring.operator=true")
+    assert result.returncode != 0
+    assert "install the Prometheus operator first" in result.stderr
+
+
+def test_an_autoscaler_whose_least_is_more_than_its_most_is_an_error() -> None:
+    few = "api.autoscaling.minReplicas=4,api.autoscaling.maxReplicas=3"
+    result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set", few)
+    assert result.returncode != 0
+    assert "minReplicas is 4 and maxReplicas 3" in result.stderr
 
 
 def test_the_schema_knows_every_value_and_no_other() -> None:
@@ -239,6 +286,26 @@ def test_the_chart_never_names_a_model(name: str) -> None:
     assert "replicas" not in api["spec"], "the autoscaler's; an upgrade would undo it"
 
 
+@pytest.mark.parametrize("name", VALUES)
+def test_every_container_asks_for_what_it_needs_and_has_a_limit_of_memory(name: str) -> None:
+    for pod, spec in pods(rendered(name)):
+        for each in containers(spec):
+            resources = each["resources"]
+            assert {"cpu", "memory"} <= resources["requests"].keys(), (pod, each["name"])
+            assert mebibytes(resources["requests"]["memory"]) <= mebibytes(resources["limits"]["memory"]), pod
+
+
+def test_the_pod_of_a_step_outlives_the_grace_of_the_step_in_it() -> None:
+    worker = dict(pods(rendered("default")))[WORKER]
+    assert worker["terminationGracePeriodSeconds"] > 30, "pipeline.GRACE_SECONDS"
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_kubernetes_adds_no_settings_of_its_own(name: str) -> None:
+    """With service links a pod finds LAWNWATCH_API_PORT=tcp://… in its environment."""
+    assert not [pod for pod, spec in pods(rendered(name)) if spec.get("enableServiceLinks", True)]
+
+
 # ── how it hangs together ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -250,18 +317,37 @@ def mebibytes(text: str) -> float:
     return float(text[:-2]) * {"Mi": 1, "Gi": 1024}[text[-2:]]
 
 
-def test_the_small_values_fit_two_cores_and_twelve_gigabytes_with_a_step_running() -> None:
-    objects = rendered("small")
+@pytest.mark.parametrize(
+    ("name", "most_cores", "gigabytes"),
+    [("small", 1.8, 11), ("default", 3.5, 14)],  # of 2 and 12, and of 4 and 16: a cluster keeps some for itself
+)
+def test_the_values_fit_the_node_they_are_for_with_a_step_running(name: str, most_cores: float, gigabytes: int) -> None:
+    """Steps of `default` ask for what pipeline.py says, which training is the most of."""
     asked = []
-    for pod, spec in pods(objects):
+    for pod, spec in pods(rendered(name)):
         if pod.startswith(("Deployment", "StatefulSet")):
             requests = [each["resources"]["requests"] for each in spec["containers"]]
             asked.append((sum(cores(each["cpu"]) for each in requests), sum(mebibytes(e["memory"]) for e in requests)))
-    steps = yaml.safe_load((CHART / "values-small.yaml").read_text())["airflow"]["steps"].values()
-    cpu = sum(each for each, _ in asked) + max(cores(step["cpu"]) for step in steps)
-    memory = sum(each for _, each in asked) + max(mebibytes(step["memory"]) for step in steps)
-    assert cpu <= 1.8, "what a cluster keeps for itself fits beside it"
-    assert memory <= 11 * 1024
+    (worker,) = [spec for pod, spec in pods(rendered(name)) if pod == WORKER]
+    (set_by_values,) = [each["value"] for each in worker["containers"][0]["env"]
+                        if each["name"] == "LAWNWATCH_STEP_RESOURCES"]  # fmt: skip
+    steps = {step: {"cpu": cpu, "memory": memory} for step, (cpu, memory) in step_resources().items()}
+    amounts = (steps | json.loads(set_by_values)).values()
+    api = find(rendered(name), "HorizontalPodAutoscaler", "lawnwatch-api")["spec"]["minReplicas"]
+    (one_api,) = [spec for pod, spec in pods(rendered(name)) if pod == "Deployment/lawnwatch-api"]
+    requests = one_api["containers"][0]["resources"]["requests"]
+    asked += [(cores(requests["cpu"]), mebibytes(requests["memory"]))] * (api - 1)
+    assert sum(cpu for cpu, _ in asked) + max(cores(each["cpu"]) for each in amounts) <= most_cores
+    assert sum(memory for _, memory in asked) + max(mebibytes(e["memory"]) for e in amounts) <= gigabytes * 1024
+
+
+def step_resources() -> dict[str, tuple[str, str]]:
+    """RESOURCES of lawnwatch.pipeline, which cannot be imported without Airflow."""
+    tree = ast.parse((ROOT / "src/lawnwatch/pipeline.py").read_text())
+    (found,) = [each.value for each in tree.body
+                if isinstance(each, ast.Assign) and ast.unparse(each.targets[0]) == "RESOURCES"]  # fmt: skip
+    resources: dict[str, tuple[str, str]] = ast.literal_eval(found)
+    return resources
 
 
 @pytest.mark.parametrize("name", VALUES)
@@ -280,6 +366,183 @@ def test_every_service_and_policy_selects_pods_that_there_are(name: str) -> None
         }.get(each["kind"], lambda spec: None)(each.get("spec", {}))
         if selector:
             assert [one for one in labels if selector.items() <= one.items()], each["metadata"]["name"]
+
+
+def test_nothing_that_a_pod_waits_for_comes_only_after_the_install() -> None:
+    for name in ("default", "secrets by a job"):
+        hooks = {each["metadata"]["name"]: each["metadata"]["annotations"]["helm.sh/hook"]
+                 for each in rendered(name) if "helm.sh/hook" in each["metadata"].get("annotations", {})}  # fmt: skip
+        assert not [hook for hook in hooks.values() if "post-" in hook]
+        assert "lawnwatch-bootstrap" not in hooks
+        assert find(rendered(name), "Job", "lawnwatch-bootstrap")
+
+
+def test_an_upgrade_makes_secrets_then_migrates_before_a_pod_changes_and_a_rollback_does_neither() -> None:
+    hooks = {each["metadata"]["name"]: each["metadata"]["annotations"] for each in rendered("upgrade")
+             if each["kind"] == "Job"}  # fmt: skip
+    assert set(hooks) == {"lawnwatch-secrets", "lawnwatch-migrate"}, "another name than the install's own Job"
+    assert hooks["lawnwatch-migrate"] == {
+        "helm.sh/hook": "pre-upgrade",
+        "helm.sh/hook-weight": "5",
+        "helm.sh/hook-delete-policy": "before-hook-creation",
+    }
+    assert hooks["lawnwatch-secrets"]["helm.sh/hook-weight"] == "0"
+
+
+@cache
+def policies(name: str) -> dict[str, Object]:
+    return {each["metadata"]["name"].removeprefix("lawnwatch-"): each["spec"] for each in rendered(name)
+            if each["kind"] == "NetworkPolicy"}  # fmt: skip
+
+
+def admitted(part: str) -> set[str]:
+    """The parts that may connect to this one."""
+    (rule,) = policies("default")[part]["ingress"]
+    (source,) = rule["from"]
+    (expression,) = source["podSelector"]["matchExpressions"]
+    return set(expression["values"])
+
+
+def test_each_server_admits_those_that_ask_it_and_nobody_else() -> None:
+    assert admitted("mlflow") == {"exporter", "airflow-scheduler", "step", "bootstrap", "test"}
+    assert "prometheus" in admitted("minio")
+    assert not {"webapp", "alertmanager"} & set.union(*map(admitted, ("mysql", "minio", "mlflow", "airflow-api")))
+
+
+@pytest.mark.parametrize("part", ["api", "step"])
+def test_what_fetches_pictures_never_reaches_the_clouds_metadata(part: str) -> None:
+    """The address may be reached for names only, by no rule that holds for every port."""
+    reached = [
+        (to["ipBlock"], rule.get("ports"))
+        for rule in policies("default")[part]["egress"]
+        for to in rule["to"]
+        if "ipBlock" in to
+    ]
+    for metadata in map(ip_address, ("169.254.169.254", "169.254.170.2", "fe80::a9fe:a9fe", "fd00:ec2::254")):
+        for block, ports in reached:
+            inside = metadata in ip_network(block["cidr"])
+            assert not inside or any(metadata in ip_network(each) for each in block["except"]), (metadata, ports)
+    web = map(ip_address, ("93.184.216.34", "10.96.0.1", "2606:2800:220:1::1"))
+    assert all(any(address in ip_network(block["cidr"]) for block, _ in reached) for address in web)
+
+
+def annotations(name: str, ingress: str) -> Object:
+    """An Ingress's annotations without nginx' prefix."""
+    found = find(overlay("production") if name == "overlay" else rendered(name), "Ingress", ingress)
+    return {key.removeprefix("nginx.ingress.kubernetes.io/"): each
+            for key, each in found["metadata"]["annotations"].items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["production", "overlay"])
+def test_a_page_keeps_its_pod_and_the_api_spreads_its_requests(name: str) -> None:
+    sticky = {"affinity": "cookie", "affinity-mode": "persistent", "session-cookie-path": "/"}
+    assert sticky.items() <= annotations(name, "lawnwatch-webapp").items()
+    assert "affinity" not in annotations(name, "lawnwatch-api")
+    assert annotations(name, "lawnwatch-api")["rewrite-target"] == "/$2"
+    assert "rewrite-target" not in annotations(name, "lawnwatch-webapp")
+
+
+def test_an_annotation_of_ones_own_takes_the_place_of_the_charts() -> None:
+    assert annotations("production", "lawnwatch-api")["cert-manager.io/cluster-issuer"] == "letsencrypt"
+    key = r"ingress.annotations.nginx\.ingress\.kubernetes\.io/proxy-body-size"
+    text = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--show-only=templates/ingress.yaml",
+                "--set", f"ingress.enabled=true,{key}=1m").stdout  # fmt: skip
+    assert text.count("proxy-body-size: 1m") == 2 and "25m" not in text
+
+
+def _monitored(name: str) -> dict[str, tuple[str, str]]:
+    """Job, port and path of every endpoint of the ServiceMonitors, by the name that alerts and panels use."""
+    return {
+        one["relabelings"][0]["replacement"]: (one["port"], one["path"])
+        for each in rendered(name) if each["kind"] == "ServiceMonitor"
+        for one in each["spec"]["endpoints"]
+    }  # fmt: skip
+
+
+def test_an_operators_prometheus_scrapes_what_ours_would() -> None:
+    ours = yaml.safe_load(find(rendered("default"), "ConfigMap", "lawnwatch-prometheus")["data"]["prometheus.yml"])
+    paths = {each["job_name"]: each.get("metrics_path", "/metrics") for each in ours["scrape_configs"]}
+    paths.pop("prometheus")  # itself
+    assert {job: path for job, (_, path) in _monitored("operator").items()} == paths
+    assert "minio" not in _monitored("production"), "none of ours is there"
+
+
+def test_an_operators_prometheus_finds_the_monitors_and_their_ports() -> None:
+    objects = rendered("operator")
+    for each in objects:
+        if each["kind"] in ("ServiceMonitor", "PrometheusRule"):
+            assert each["metadata"]["labels"]["release"] == "stack"
+        if each["kind"] == "ServiceMonitor":
+            service = find(objects, "Service", each["metadata"]["name"])
+            assert each["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+            ports = {port["name"] for port in service["spec"]["ports"]}
+            assert {one["port"] for one in each["spec"]["endpoints"]} <= ports
+
+
+def test_an_operators_prometheus_may_ask_from_its_own_namespace_what_is_not_open_to_all() -> None:
+    theirs = {"namespaceSelector": {}, "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}}}
+    admitting = {part for part, spec in policies("operator").items()
+                 for rule in spec.get("ingress", []) if theirs in rule["from"]}  # fmt: skip
+    closed = {part for part, spec in policies("operator").items() if "ingress" in spec}
+    assert admitting == closed & {each["metadata"]["name"].removeprefix("lawnwatch-")
+                                  for each in rendered("operator") if each["kind"] == "ServiceMonitor"}  # fmt: skip
+    assert theirs not in policies("default")["minio"]["ingress"][0]["from"]
+
+
+def test_every_setting_of_prometheus_starts_it_anew() -> None:
+    def checksum(*argv: str) -> str:
+        text = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", *argv).stdout
+        pod = find([each for each in yaml.safe_load_all(text) if each], "StatefulSet", "lawnwatch-prometheus")
+        return str(pod["spec"]["template"]["metadata"]["annotations"]["checksum/config"])
+
+    assert checksum() == checksum("--set", "api.replicas=3")
+    assert checksum() != checksum("--set", "monitoring.alertmanager.enabled=false")
+
+
+def _environments(*argv: str) -> dict[str, dict[str, Object]]:
+    """Each pod's environment, the main container's, as names with their entries."""
+    result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", *argv)
+    assert result.returncode == 0, result.stderr
+    objects = [each for each in yaml.safe_load_all(result.stdout) if each]
+    return {pod: {each["name"]: each for each in spec["containers"][0].get("env", [])} for pod, spec in pods(objects)}
+
+
+def test_a_key_goes_to_those_that_ask_the_api_and_to_no_other() -> None:
+    environments = _environments("--set", "secrets.apiKey=mine")
+    holders = {pod for pod, env in environments.items() if "LAWNWATCH_API_KEY" in env}
+    assert holders >= {WORKER, "Deployment/lawnwatch-webapp", "Deployment/lawnwatch-airflow-scheduler",
+                       "Pod/lawnwatch-test-predict"}  # fmt: skip
+    assert not holders & {"Deployment/lawnwatch-api", "Deployment/lawnwatch-exporter", "Deployment/lawnwatch-mlflow",
+                          "StatefulSet/lawnwatch-mysql", "StatefulSet/lawnwatch-minio"}  # fmt: skip
+    for pod in holders:
+        wanted = {"secretKeyRef": {"name": "mine", "key": "api-key"}}
+        assert environments[pod]["LAWNWATCH_API_KEY"]["valueFrom"] == wanted
+    assert not [pod for pod, env in _environments().items() if "LAWNWATCH_API_KEY" in env]
+
+
+@pytest.mark.parametrize(
+    ("settings", "url"),
+    [
+        ("api.replicas=2", "http://localhost:8000"),
+        ("ingress.enabled=true,ingress.host=lawn.example", "http://lawn.example/api"),
+        ("ingress.enabled=true,ingress.host=lawn.example,ingress.tlsSecret=cert", "https://lawn.example/api"),
+        ("httpRoute.enabled=true,httpRoute.gateway=edge,httpRoute.host=lawn.example", "https://lawn.example/api"),
+        ("ingress.enabled=true,publicUrl=https://api.lawn.example", "https://api.lawn.example"),
+    ],
+)
+def test_links_to_reports_begin_where_a_browser_reaches_the_api(settings: str, url: str) -> None:
+    environments = _environments("--set", settings)
+    for pod in (WORKER, "Deployment/lawnwatch-airflow-scheduler"):
+        assert environments[pod]["LAWNWATCH_PUBLIC_URL"]["value"] == url
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_no_setting_is_given_twice(name: str) -> None:
+    """Kubernetes would take the last one, and refuse both in a server-side apply."""
+    for pod, spec in pods(rendered(name)):
+        for each in containers(spec):
+            names = [one["name"] for one in each.get("env", [])]
+            assert len(names) == len(set(names)), pod
 
 
 def test_every_claim_outlives_the_release() -> None:

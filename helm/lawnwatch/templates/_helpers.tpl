@@ -29,6 +29,7 @@ imagePullPolicy: {{ $root.Values.image.pullPolicy }}
 {{- define "lawnwatch.pod" -}}
 {{- $root := index . 0 -}}
 serviceAccountName: {{ printf "%s-%s" (include "lawnwatch.name" $root) (index . 2) }}
+enableServiceLinks: false    # LAWNWATCH_API_PORT=tcp://… would look like a setting of ours
 automountServiceAccountToken: {{ has (index . 2) (list "airflow" "rollout" "secrets") }}
 {{- with $root.Values.image.pullSecrets }}
 imagePullSecrets: {{- range . }}
@@ -68,6 +69,22 @@ securityContext:
   valueFrom: {secretKeyRef: {name: {{ index . 1 }}, key: {{ index . 2 }}}}
 {{- end }}
 
+{{- /* For those that ask the API: nothing, or the key on a line of its own. */}}
+{{- define "lawnwatch.apiKeyEnv" -}}
+{{- with .Values.secrets.apiKey }}
+{{ include "lawnwatch.secretEnv" (list "LAWNWATCH_API_KEY" . "api-key") }}
+{{- end }}
+{{- end }}
+
+{{- /* Where a person's browser reaches the API: what links to reports begin with. */}}
+{{- define "lawnwatch.publicUrl" -}}
+{{- if .Values.publicUrl }}{{ .Values.publicUrl }}
+{{- else if .Values.ingress.enabled }}{{ .Values.ingress.tlsSecret | empty | ternary "http" "https" }}://{{ .Values.ingress.host }}/api
+{{- else if .Values.httpRoute.enabled }}https://{{ .Values.httpRoute.host }}/api
+{{- else }}http://localhost:8000
+{{- end }}
+{{- end }}
+
 {{- /* The settings of lawnwatch: API and every step. */}}
 {{- define "lawnwatch.env" -}}
 {{- $name := include "lawnwatch.name" . -}}
@@ -96,6 +113,8 @@ securityContext:
 {{- $name := include "lawnwatch.name" . -}}
 {{ include "lawnwatch.env" . }}
 - {name: LAWNWATCH_WEIGHTS, value: {{ .Values.weights | quote }}}
+- {name: LAWNWATCH_PUBLIC_URL, value: {{ include "lawnwatch.publicUrl" . | quote }}}
+{{- include "lawnwatch.apiKeyEnv" . }}
 - {name: LAWNWATCH_STEP_RESOURCES, value: {{ .Values.airflow.steps | toJson | quote }}}
 - {name: MLFLOW_HTTP_REQUEST_MAX_RETRIES, value: "4"}
 - {name: MLFLOW_HTTP_REQUEST_TIMEOUT, value: "30"}
