@@ -489,6 +489,14 @@ def test_an_operators_prometheus_may_ask_from_its_own_namespace_what_is_not_open
     assert theirs not in policies("default")["minio"]["ingress"][0]["from"]
 
 
+def test_prometheus_asks_for_the_apis_pods_by_their_whole_name() -> None:
+    """With a search list, one server that fails to answer for one of the names keeps pods that are gone as targets."""
+    found = find(rendered("default"), "ConfigMap", "lawnwatch-prometheus")
+    config = yaml.safe_load(found["data"]["prometheus.yml"])
+    (api,) = [each for each in config["scrape_configs"] if each["job_name"] == "api"]
+    assert api["dns_sd_configs"][0]["names"] == ["lawnwatch-api-pods.lawnwatch.svc.cluster.local."]
+
+
 def test_every_setting_of_prometheus_starts_it_anew() -> None:
     def checksum(*argv: str) -> str:
         text = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", *argv).stdout
