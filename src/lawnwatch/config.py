@@ -273,6 +273,11 @@ class Settings(BaseSettings):
         description="Where MobileNetV2 starts: `imagenet` (Keras downloads it), a weights file, or `none`.",
     )
     api_url: str = Field("http://127.0.0.1:8000", description="Where the web app and the rollout find the API.")
+    api_key: SecretStr | None = Field(
+        None,
+        description="Key that the rollout shows the API for its golden pictures, where the API requires one: scope "
+        "`predict`.",
+    )
     log_level: str = Field("INFO", description="Lowest level logged.")
     log_json: bool | None = Field(None, description="JSON log lines; unset: when stderr is not a terminal.")
     git_commit: str = Field("", description="Commit of the running code; empty: asked of git. Images set it.")

@@ -190,7 +190,7 @@ class KubernetesRollout(Driver):
             tick()
             time.sleep(POLL_SECONDS)
         tick()
-        return golden_fault(self._settings.api_url, release, timeout=GOLDEN_SECONDS)
+        return golden_fault(self._settings, release, timeout=GOLDEN_SECONDS)
 
 
 def _observed(deployment: Any) -> Observed:
