@@ -278,6 +278,11 @@ class Settings(BaseSettings):
         description="Key that the rollout shows the API for its golden pictures, where the API requires one: scope "
         "`predict`.",
     )
+    public_url: str = Field(
+        "",
+        description="Where a person's browser reaches the API: the address of links to reports; empty: "
+        "`LAWNWATCH_API_URL`.",
+    )
     log_level: str = Field("INFO", description="Lowest level logged.")
     log_json: bool | None = Field(None, description="JSON log lines; unset: when stderr is not a terminal.")
     git_commit: str = Field("", description="Commit of the running code; empty: asked of git. Images set it.")
@@ -310,6 +315,8 @@ class Settings(BaseSettings):
             self.store_url = f"file://{self.home / 'store'}"
         if not self.mlflow_tracking_uri:
             self.mlflow_tracking_uri = f"sqlite:///{self.home / 'mlflow.db'}"
+        if not self.public_url:
+            self.public_url = self.api_url
         self._refuse_known_passwords()
         if self.environment == "production" and (self.fetch.allow_cidrs or self.fetch.origin_map):
             raise ValueError(
