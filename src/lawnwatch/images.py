@@ -211,7 +211,7 @@ def _tile_to_rgb(image: Image.Image) -> Rgb:
     if image.mode == "I" or image.mode.startswith("I;16"):
         # 16 bits a sample: scaled to 8 and rounded, where Pillow's own conversion would clip at 255.
         grey = (np.asarray(image).astype(np.uint32) + 128) // 257
-        return cv2.cvtColor(grey.astype(np.uint8), cv2.COLOR_GRAY2RGB).astype(np.uint8, copy=False)
+        return np.asarray(cv2.cvtColor(grey.astype(np.uint8), cv2.COLOR_GRAY2RGB), dtype=np.uint8)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))

@@ -217,10 +217,15 @@ class PredictionWriter:
                 logger.warning("predictions wait for the database", count=len(rows), error=str(error))
                 time.sleep(pause)
                 pause = min(pause * 2, 1.0)
-            except LawnwatchError as error:
+            except Exception as error:  # refused, or a fault of ours: the thread must outlive it
                 if len(rows) == 1:
                     self._drop("database")
-                    logger.error("prediction refused by the database", id=rows[0]["id"], error=str(error))
+                    logger.error(
+                        "prediction refused by the database",
+                        id=rows[0]["id"],
+                        error=str(error),
+                        exc_info=not isinstance(error, LawnwatchError),
+                    )
                     return
                 for row in rows:  # one bad row must not take its batch with it
                     self._write([row])

@@ -6,12 +6,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from lawnwatch import history, ids, predictions
 from lawnwatch.catalog import Catalog
@@ -19,6 +20,7 @@ from lawnwatch.config import Settings
 from lawnwatch.errors import InputError, NotFound, Unavailable
 from lawnwatch.history import get_prediction, list_predictions
 from lawnwatch.predictions import Prediction, PredictionWriter
+from lawnwatch.serving import clients
 from lawnwatch.serving.api import Api
 from lawnwatch.store import ObjectStore, open_store
 
@@ -208,6 +210,70 @@ def test_pictures_that_wait_are_bounded_in_bytes(catalog: Catalog, monkeypatch: 
     opened.set()
     assert writer.close()
     assert writer.written == 4
+
+
+def test_a_pool_without_a_free_connection_is_a_database_that_does_not_answer(
+    catalog: Catalog, store: ObjectStore
+) -> None:
+    catalog.engine = sa.create_engine(
+        catalog.engine.url, poolclass=sa.QueuePool, pool_size=1, max_overflow=0, pool_timeout=0.05
+    )
+    writer = PredictionWriter(partial(history.insert, catalog), lambda: store, capacity=10)
+    with catalog.engine.connect():
+        with pytest.raises(Unavailable, match="no connection free"):
+            list_predictions(catalog)
+        writer.record(prediction())
+        soon(lambda: writer.depth == 0)
+        time.sleep(2 * predictions.LINGER)
+    soon(lambda: writer.written == 1)
+    assert writer.close() and not any(writer.drops.values())
+
+
+def test_questions_that_hold_every_connection_do_not_hold_up_records_and_keys(settings: Settings) -> None:
+    api = Api(settings)
+    pool = api.catalog.engine.pool
+    assert isinstance(pool, sa.QueuePool)
+    with ExitStack() as questions:
+        for _ in range(15):  # as many as SQLAlchemy opens
+            questions.enter_context(api.catalog.engine.connect())
+        begun = time.monotonic()
+        api._insert([prediction().as_row()])
+        assert api._read_keys() == []
+        assert time.monotonic() - begun < 5
+    assert len(list_predictions(api.catalog).items) == 1
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_threads_of_records_and_keys_outlive_any_fault(
+    catalog: Catalog, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = [RuntimeError("unheard of"), KeyError("another")]
+
+    def insert(rows: Any) -> None:
+        if faults:
+            raise faults.pop()
+        history.insert(catalog, rows)
+
+    writer = PredictionWriter(insert, lambda: store, capacity=10)
+    writer.record(prediction())
+    soon(lambda: writer.drops["database"] == 1)
+    faults.clear()
+    for _ in range(3):
+        writer.record(prediction())
+    soon(lambda: writer.written >= 3)
+    assert writer.close()
+
+    asked = []
+
+    def read() -> list[Any]:
+        asked.append(1)
+        raise RuntimeError("unheard of")
+
+    monkeypatch.setattr(clients, "REFRESH_SECONDS", 0.01)
+    ring = clients.KeyRing(read)
+    ring.start()
+    soon(lambda: len(asked) > 2)
+    ring.stop()
 
 
 def test_the_api_brings_the_tables_up_to_date_at_first_use(settings: Settings) -> None:
