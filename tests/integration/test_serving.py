@@ -433,6 +433,17 @@ def test_31_a_store_that_goes_away_changes_nothing(start: Callable[..., Api]) ->
     assert api.get("/ready").status == 200
 
 
+def test_35_a_model_that_cannot_be_cached_serves_all_the_same(start: Callable[..., Api], tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "cache").touch()  # a file where the folder should be: nothing can be written there, not even by root
+    api = start(home=home)
+    assert api.predict(sb.picture(sb.YELLOW)).json["label"] == "dandelion"
+    info = api.get("/model/info").json
+    assert (info["state"], info["reason"]) == ("ready", "") and api.metric("lawnwatch_store_up") == 1
+    assert "cannot be kept on disk" in api.log_text()
+
+
 def flip(store: ObjectStore, key: str) -> None:
     data = bytearray(store.get(key))
     data[len(data) // 2] ^= 0xFF
