@@ -473,6 +473,24 @@ class Graph:
             )
         self.size = shape[1]
         self.classes = classes
+        self._tensors = {name: _shape_and_type(said) for name, said in (inputs | outputs).items()}
+
+    def check_described(self, manifest: BundleMeta) -> None:
+        """Compare the graph's tensors with what a manifest says of them.
+
+        Raises:
+            IntegrityError: another shape or type than described, or none of that name.
+        """
+        if set(manifest.inputs) != {"image"}:
+            raise IntegrityError(f"the manifest must describe one input, `image`; received {sorted(manifest.inputs)}.")
+        for name, spec in (manifest.inputs | manifest.outputs).items():
+            found = self._tensors.get(name)
+            if found != (spec.shape, spec.dtype):
+                has = f"is {found[0]} {found[1]}" if found else "does not exist"
+                raise IntegrityError(
+                    f"the manifest describes `{name}` as {spec.shape} {spec.dtype}; in the graph it {has}.",
+                    hint="Release the model version again.",
+                )
 
     def __call__(self, image: NDArray[np.uint8]) -> Outputs:
         """Run one picture.
@@ -489,6 +507,10 @@ class Graph:
             raise IntegrityError("the model returned numbers that are not finite (NaN or infinity).")
         cam = result.get("cam")
         return Outputs(logits, embedding, None if cam is None else cam[0].copy())
+
+
+def _shape_and_type(tensor: dict[str, Any]) -> tuple[list[int], str]:
+    return [int(side) for side in tensor["shape"]], np.dtype(tensor["dtype"]).name
 
 
 def probabilities(logits: NDArray[np.floating[Any]], temperature: float) -> NDArray[np.float64]:

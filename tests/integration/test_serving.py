@@ -475,14 +475,26 @@ def damage(kind: str, api: Api, graphs: Path) -> tuple[int, str]:
     elif kind == "class order":
         edit = lambda document: document["classes"].reverse()  # noqa: E731
         return 2, sb.rewrite_manifest(store, bundle.sha256, edit)
-    elif kind == "other version":
+    elif kind.startswith("other "):
+        part, name, change = OTHER_SPECS[kind.removeprefix("other ")]
+        return 2, sb.rewrite_manifest(store, bundle.sha256, lambda document: document[part][name].update(change))
+    elif kind == "wrong version":
         return 3, bundle.sha256
     return 2, bundle.sha256
 
 
+# What a manifest says of the graph's tensors, though the graph is another one.
+OTHER_SPECS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "size": ("inputs", "image", {"shape": [1, 299, 299, 3]}),
+    "channels": ("inputs", "image", {"shape": [1, 224, 224, 1]}),
+    "dtype": ("inputs", "image", {"dtype": "float32"}),
+    "embedding": ("outputs", "embedding", {"shape": [1, 1280]}),
+    "arithmetic": ("outputs", "logits", {"dtype": "int8"}),
+}
 BROKEN = [
-    "flipped byte", "truncated", "missing file", "missing", "edited manifest", "class order", "other version",
+    "flipped byte", "truncated", "missing file", "missing", "edited manifest", "class order", "wrong version",
     "preprocessing", "nan", "constant", "swapped", "floats", "renamed", "three", "detector",
+    *(f"other {what}" for what in OTHER_SPECS),
 ]  # fmt: skip
 
 
