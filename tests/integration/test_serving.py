@@ -524,6 +524,20 @@ def test_36_37_38_no_broken_bundle_ever_serves(start: Callable[..., Api], graphs
     assert api.get("/model/info").json["rejected"] is None and api.metric("lawnwatch_model_rejected") == 0
 
 
+def test_38_a_picture_that_the_model_has_no_number_for_is_the_servers_fault(start: Callable[..., Api]) -> None:
+    api = start(graph="brittle")
+    image = io.BytesIO()
+    Image.new("RGB", (300, 200), (255, 255, 255)).save(image, "PNG")
+    kind, body = form([("file", "a.png", image.getvalue()), ("file", "b.jpg", sb.picture(sb.YELLOW))])
+    problem(api.predict(image.getvalue()), 500, "internal")
+    problem(api.ask("POST", "/predict?explain=true", image.getvalue(), {"Content-Type": "image/png"}), 500, "internal")
+    items = api.ask("POST", "/predict/batch", body, {"Content-Type": kind}).json["items"]
+    assert (items[0]["problem"]["status"], items[0]["problem"]["code"]) == (500, "internal")
+    assert items[1]["prediction"]["label"] == "dandelion"
+    assert api.metric("lawnwatch_predict_failures_total") == 3
+    assert "not finite" in api.log_text()
+
+
 def test_36_a_broken_bundle_is_never_ready(start: Callable[..., Api], graphs: Path) -> None:
     api = start(bundle=False)
     version, sha256 = damage("flipped byte", api, graphs)
