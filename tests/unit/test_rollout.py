@@ -163,6 +163,19 @@ def test_a_model_that_does_not_come_up_leaves_the_old_target(world: World, how: 
     assert world.rollout().history()[0].reason
 
 
+def test_a_pointer_that_somebody_else_moved_meanwhile_is_left_to_them(world: World) -> None:
+    world.rollout().start(world.v1, timeout=5)
+    world.follower.ignores.add(world.v2.stable.sha256)
+
+    def meddle(line: str) -> None:
+        if "waiting" in line:
+            world.store.put(TARGET_KEY, world.v3.to_bytes())
+
+    with pytest.raises(RolloutFailed, match="what somebody else wrote meanwhile stays"):
+        world.rollout().start(world.v2, timeout=1, progress=meddle)
+    assert read_target(world.store) == world.v3 and world.states()[0] == (2, "failed")
+
+
 def test_the_first_rollout_that_fails_leaves_no_target(world: World) -> None:
     world.follower.ignores.add(world.v1.stable.sha256)
     with pytest.raises(RolloutFailed, match="no model before"):

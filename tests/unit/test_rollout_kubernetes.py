@@ -327,8 +327,18 @@ def test_a_template_that_somebody_changes_meanwhile_is_said(farm: Farm, here: In
         if "waiting" in line:
             farm.annotations[place.SHA256] = here.v3.stable.sha256
 
-    with pytest.raises(RolloutFailed, match="somebody else changed the pod template"):
+    with pytest.raises(RolloutFailed, match="somebody else changed the pod template") as failed:
         here.rollout().start(here.v2, progress=meddle)
+    assert farm.sha256 == here.v3.stable.sha256, "their change was overwritten"
+    assert "goes on serving" not in failed.value.message
+    assert here.rollout().history()[0].state == "failed"
+
+
+@pytest.mark.parametrize(
+    ("address", "url"), [("10.0.0.7", "http://10.0.0.7:8000"), ("fd00::7", "http://[fd00::7]:8000")]
+)
+def test_a_pod_is_asked_at_its_address_of_either_family(address: str, url: str) -> None:
+    assert place.pod_url(address) == url
 
 
 @pytest.mark.parametrize(
