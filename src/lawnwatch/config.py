@@ -171,7 +171,9 @@ class ServingSettings(BaseModel):
         gt=0,
         description="Seconds that a request may wait for a thread; `queue` shrinks to that at the measured speed.",
     )
-    max_upload_bytes: int = Field(20_000_000, ge=1, description="Largest request body, bytes.")
+    max_upload_bytes: int = Field(
+        20_000_000, ge=1, description="Largest picture, and largest JSON part of a `/v2` request, bytes."
+    )
     request_timeout: float = Field(30.0, gt=0, description="Seconds for a request, its body's arrival included.")
     poll_seconds: float = Field(1.0, gt=0, description="How often the release target is looked at.")
     drain_seconds: float = Field(0.0, ge=0, description="After SIGTERM: seconds of being not ready but answering.")
@@ -190,7 +192,7 @@ class ServingSettings(BaseModel):
         description="Days that predictions and their pictures are kept; 0: for ever. `predictions prune` deletes.",
     )
     max_batch_pictures: int = Field(32, ge=1, description="Most pictures of one batch.")
-    max_batch_bytes: int = Field(50_000_000, ge=1, description="Largest body of a batch, bytes.")
+    max_batch_bytes: int = Field(50_000_000, ge=1, description="Largest body of a batch or of a `/v2` request, bytes.")
     url_hosts: list[str] = Field(
         [],
         description="Hosts, with subdomains, that `POST /predict/url` fetches from (JSON list); empty: it is off.",

@@ -209,6 +209,8 @@ def test_an_explanation_marks_what_speaks_for_the_class(api: Api, start: Callabl
     answer = api.ask("POST", "/predict?explain=true", body, {"Content-Type": content_type})
     why = answer.json["explanation"]
     assert why["class"] == "dandelion" and "explain;dur=" in answer.headers["server-timing"]
+    documented = api.get("/openapi.json").json["components"]["schemas"]["Timings"]["properties"]
+    assert set(answer.json["timings_ms"]) == set(documented)
     shown = Image.open(io.BytesIO(base64.b64decode(why["png_base64"])))
     assert shown.format == "PNG" and shown.size == (320, 160)
     changed = np.abs(np.asarray(shown).astype(int) - np.asarray(Image.fromarray(half).resize((320, 160)))).sum(axis=2)
