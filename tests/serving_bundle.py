@@ -137,7 +137,15 @@ def _make(folder: Path) -> None:
     import numpy as np
     import tensorflow as tf
 
-    def convert(name: str, weights: Any, *, dtype: Any = tf.uint8, rename: bool = False, cam: bool = False) -> None:
+    def convert(
+        name: str,
+        weights: Any,
+        *,
+        dtype: Any = tf.uint8,
+        rename: bool = False,
+        cam: bool = False,
+        brittle: bool = False,
+    ) -> None:
         mix = tf.constant(np.random.default_rng(1).normal(size=(3, 13)).astype("float32"))
         head = tf.constant(np.asarray(weights, dtype="float32"))
 
@@ -146,6 +154,8 @@ def _make(folder: Path) -> None:
             mean = tf.reduce_mean(tf.cast(image, tf.float32) / 255.0, axis=[1, 2])
             embedding = tf.concat([mean, tf.matmul(mean, mix)], axis=1)
             logits = tf.matmul(mean, head)
+            if brittle:  # infinite for a picture whose every pixel is 255 red, and only for that
+                logits += 1e-9 / (255.0 - tf.reduce_min(tf.cast(image[..., 0], tf.float32)))
             said = {"scores" if rename else "logits": logits, "embedding": embedding}
             if cam:
                 said["cam"] = tf.nn.avg_pool2d(tf.cast(image, tf.float32) / 255.0, 32, 32, "VALID") @ head
@@ -168,6 +178,7 @@ def _make(folder: Path) -> None:
     convert("floats", good, dtype=tf.float32)
     convert("renamed", good, rename=True)
     convert("cam", good, cam=True)
+    convert("brittle", good, brittle=True)
 
 
 if __name__ == "__main__":

@@ -41,8 +41,11 @@ from pydantic import (
     model_validator,
 )
 
-from lawnwatch.errors import IntegrityError, NotFound, Unavailable
+from lawnwatch import log
+from lawnwatch.errors import IntegrityError, NotFound
 from lawnwatch.store import ObjectStore
+
+logger = log.get(__name__)
 
 MODEL = "model.tflite"
 MANIFEST = "manifest.json"
@@ -271,7 +274,7 @@ def read(store: ObjectStore, sha256: str, cache_dir: Path | None = None) -> Bund
     """Read a bundle and verify every byte of it against its name.
 
     A copy in `cache_dir` is verified like the store's and used first, so that a store that is down does not
-    matter; a copy that fails is removed and fetched anew.
+    matter; a copy that fails is removed and fetched anew. Where no copy can be written, the files stay in memory.
 
     Args:
         store: where bundles lie.
@@ -294,7 +297,11 @@ def read(store: ObjectStore, sha256: str, cache_dir: Path | None = None) -> Bund
         except IntegrityError:
             shutil.rmtree(home, ignore_errors=True)
     bundle = _verified(sha256, lambda name: _fetch(store, sha256, name))
-    _save_copy(bundle, home)
+    try:
+        _save_copy(bundle, home)
+    except OSError as error:  # a full disk, or one that must not be written
+        logger.warning("the bundle cannot be kept on disk and is used from memory", sha256=sha256, error=str(error))
+        return bundle
     return _on_disk(bundle, home)
 
 
@@ -352,33 +359,25 @@ def _read_copy(home: Path, name: str) -> bytes:
     try:
         return (home / name).read_bytes()
     except OSError as error:
-        raise IntegrityError(f"the cached copy of {name} cannot be read: {error}") from error
+        raise IntegrityError(f"the cached copy of {name} cannot be read.") from error
 
 
 def _save_copy(bundle: Bundle, home: Path) -> None:
-    """Write the copy beside its place and move it in at once: a cache is whole or absent."""
+    """Write the copy beside its place and move it in at once: a cache is whole or absent. Raises OSError."""
+    home.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=".building-", dir=home.parent))
     try:
-        home.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=".building-", dir=home.parent))
-        try:
-            for name in bundle.files:
-                (building / name).parent.mkdir(parents=True, exist_ok=True)
-                (building / name).write_bytes(bundle.bytes_of(name))
-            (building / MANIFEST).write_bytes(bundle.manifest.to_bytes())
-            building.chmod(0o755)
-            building.rename(home)
-        except FileExistsError:
-            pass
-        except OSError:
-            if not (home / MANIFEST).exists():  # else another process was quicker with the same bytes
-                raise
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
-    except OSError as error:
-        raise Unavailable(
-            f"the bundle cannot be kept in {home.parent}: {error}",
-            hint="Free disk space or point the cache elsewhere.",
-        ) from error
+        for name in bundle.files:
+            (building / name).parent.mkdir(parents=True, exist_ok=True)
+            (building / name).write_bytes(bundle.bytes_of(name))
+        (building / MANIFEST).write_bytes(bundle.manifest.to_bytes())
+        building.chmod(0o755)
+        building.rename(home)
+    except OSError:
+        if not (home / MANIFEST).exists():  # else another process was quicker with the same bytes
+            raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
 
 
 def _on_disk(bundle: Bundle, home: Path) -> Bundle:
@@ -474,6 +473,24 @@ class Graph:
             )
         self.size = shape[1]
         self.classes = classes
+        self._tensors = {name: _shape_and_type(said) for name, said in (inputs | outputs).items()}
+
+    def check_described(self, manifest: BundleMeta) -> None:
+        """Compare the graph's tensors with what a manifest says of them.
+
+        Raises:
+            IntegrityError: another shape or type than described, or none of that name.
+        """
+        if set(manifest.inputs) != {"image"}:
+            raise IntegrityError(f"the manifest must describe one input, `image`; received {sorted(manifest.inputs)}.")
+        for name, spec in (manifest.inputs | manifest.outputs).items():
+            found = self._tensors.get(name)
+            if found != (spec.shape, spec.dtype):
+                has = f"is {found[0]} {found[1]}" if found else "does not exist"
+                raise IntegrityError(
+                    f"the manifest describes `{name}` as {spec.shape} {spec.dtype}; in the graph it {has}.",
+                    hint="Release the model version again.",
+                )
 
     def __call__(self, image: NDArray[np.uint8]) -> Outputs:
         """Run one picture.
@@ -490,6 +507,10 @@ class Graph:
             raise IntegrityError("the model returned numbers that are not finite (NaN or infinity).")
         cam = result.get("cam")
         return Outputs(logits, embedding, None if cam is None else cam[0].copy())
+
+
+def _shape_and_type(tensor: dict[str, Any]) -> tuple[list[int], str]:
+    return [int(side) for side in tensor["shape"]], np.dtype(tensor["dtype"]).name
 
 
 def probabilities(logits: NDArray[np.floating[Any]], temperature: float) -> NDArray[np.float64]:

@@ -31,6 +31,7 @@ import sqlalchemy as sa
 from pydantic import SecretStr
 from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, lazyload, mapped_column, relationship
 
 from lawnwatch.config import Settings
@@ -298,7 +299,7 @@ def database_faults(setting: str = "LAWNWATCH_DATABASE_URL") -> Iterator[None]:
     """Turn a driver's faults into ours. The driver's words name hosts and users, so only their number goes on.
 
     Raises:
-        Unavailable: the server does not answer, refuses, or its disk is full.
+        Unavailable: the server does not answer, refuses, or its disk is full; or all connections are in use.
     """
     try:
         yield
@@ -317,6 +318,11 @@ def database_faults(setting: str = "LAWNWATCH_DATABASE_URL") -> Iterator[None]:
         raise Unavailable(
             f"{whose} does not answer as it should ({type(error).__name__} {code}).",
             hint=f"Is the server running, and is {setting} right?",
+        ) from error
+    except NoConnectionFree as error:
+        raise Unavailable(
+            "There was no connection free to the database: all of this process wait for its answers.",
+            hint="Try again; when it lasts, the server is too slow.",
         ) from error
 
 

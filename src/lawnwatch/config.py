@@ -171,7 +171,9 @@ class ServingSettings(BaseModel):
         gt=0,
         description="Seconds that a request may wait for a thread; `queue` shrinks to that at the measured speed.",
     )
-    max_upload_bytes: int = Field(20_000_000, ge=1, description="Largest request body, bytes.")
+    max_upload_bytes: int = Field(
+        20_000_000, ge=1, description="Largest picture, and largest JSON part of a `/v2` request, bytes."
+    )
     request_timeout: float = Field(30.0, gt=0, description="Seconds for a request, its body's arrival included.")
     poll_seconds: float = Field(1.0, gt=0, description="How often the release target is looked at.")
     drain_seconds: float = Field(0.0, ge=0, description="After SIGTERM: seconds of being not ready but answering.")
@@ -190,7 +192,7 @@ class ServingSettings(BaseModel):
         description="Days that predictions and their pictures are kept; 0: for ever. `predictions prune` deletes.",
     )
     max_batch_pictures: int = Field(32, ge=1, description="Most pictures of one batch.")
-    max_batch_bytes: int = Field(50_000_000, ge=1, description="Largest body of a batch, bytes.")
+    max_batch_bytes: int = Field(50_000_000, ge=1, description="Largest body of a batch or of a `/v2` request, bytes.")
     url_hosts: list[str] = Field(
         [],
         description="Hosts, with subdomains, that `POST /predict/url` fetches from (JSON list); empty: it is off.",
@@ -273,6 +275,16 @@ class Settings(BaseSettings):
         description="Where MobileNetV2 starts: `imagenet` (Keras downloads it), a weights file, or `none`.",
     )
     api_url: str = Field("http://127.0.0.1:8000", description="Where the web app and the rollout find the API.")
+    api_key: SecretStr | None = Field(
+        None,
+        description="Key that the rollout shows the API for its golden pictures, where the API requires one: scope "
+        "`predict`.",
+    )
+    public_url: str = Field(
+        "",
+        description="Where a person's browser reaches the API: the address of links to reports; empty: "
+        "`LAWNWATCH_API_URL`.",
+    )
     log_level: str = Field("INFO", description="Lowest level logged.")
     log_json: bool | None = Field(None, description="JSON log lines; unset: when stderr is not a terminal.")
     git_commit: str = Field("", description="Commit of the running code; empty: asked of git. Images set it.")
@@ -305,6 +317,8 @@ class Settings(BaseSettings):
             self.store_url = f"file://{self.home / 'store'}"
         if not self.mlflow_tracking_uri:
             self.mlflow_tracking_uri = f"sqlite:///{self.home / 'mlflow.db'}"
+        if not self.public_url:
+            self.public_url = self.api_url
         self._refuse_known_passwords()
         if self.environment == "production" and (self.fetch.allow_cidrs or self.fetch.origin_map):
             raise ValueError(

@@ -99,7 +99,7 @@ def run(settings: Settings, catalog: Catalog, store: ObjectStore, run_id: str, *
             decision = Decision("reject", f"The model cannot be used: {error.message}")
         for check in decision.checks:
             progress(f"{check.status}: {check.sentence}")
-        url = f"{settings.api_url.rstrip('/')}/reports/evaluation/{run_id}"
+        url = f"{settings.public_url.rstrip('/')}/reports/evaluation/{run_id}"
         evaluation |= {
             "verdict": {"decision": decision.decision, "claim": decision.claim, "reason": decision.reason},
             "checks": [asdict(check) for check in decision.checks],

@@ -22,11 +22,12 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy import insert as insert_into
+from sqlalchemy.exc import IntegrityError as DuplicateRow
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Mapped, defer, mapped_column
 
 from lawnwatch.catalog import Base, Catalog, UtcDateTime
-from lawnwatch.errors import DataError, InputError, NotFound
+from lawnwatch.errors import Conflict, DataError, InputError, NotFound
 from lawnwatch.predictions import PAGE, Prediction
 from lawnwatch.store import ObjectStore
 
@@ -78,12 +79,15 @@ def insert(catalog: Catalog, rows: Sequence[dict[str, Any]]) -> None:
     """Write rows (`Prediction.as_row`) in one transaction.
 
     Raises:
+        Conflict: one of them is there already.
         DataError: the database refuses one of them.
         Unavailable: the database does not answer.
     """
     try:
         with catalog.session() as session:
             session.execute(insert_into(PredictionRow), list(rows))
+    except DuplicateRow as error:
+        raise Conflict("A prediction record with this id is there already.") from error
     except SQLAlchemyError as error:
         raise DataError(f"The database refuses prediction records: {getattr(error, 'orig', error)}.") from error
 

@@ -12,7 +12,7 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,6 +25,8 @@ from lawnwatch.errors import ImageError, ImageTooLarge, TooManyPixels, Unsupport
 
 # One picture is too small to share among threads; ingest and serving work on many pictures side by side.
 cv2.setNumThreads(1)
+
+Rgb = NDArray[np.uint8]
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -45,22 +47,21 @@ PREPROCESSING = {
 # What Pillow's readers raise on broken bytes, beside its own errors; found by flipping bytes of valid files.
 FAULTS = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error)
 ORIENTATION = 0x0112  # the EXIF tag
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+TURNS: dict[int, Callable[[Rgb], Rgb]] = {
+    2: lambda rgb: rgb[:, ::-1],
+    3: lambda rgb: rgb[::-1, ::-1],
+    4: lambda rgb: rgb[::-1],
+    5: lambda rgb: rgb.swapaxes(0, 1),
+    6: lambda rgb: np.rot90(rgb, -1),
+    7: lambda rgb: rgb[::-1, ::-1].swapaxes(0, 1),
+    8: lambda rgb: np.rot90(rgb),
 }
+TILE_PIXELS = 1_000_000  # converted to RGB at once: some modes take several copies on their way
 
 # A PNG of 64 kB may hold 64 MB of compressed remarks, which nobody reads here.
 PngImagePlugin.MAX_TEXT_MEMORY = 4 << 20
 # Pillow warns of every odd EXIF tag, and a hostile picture has thousands; `warnings` keeps each text for good.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-
-Rgb = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,7 @@ def inspect_and_decode(
         if size is not None and info.format == "JPEG":
             # draft may change the mode too; CMYK has no scaled RGB decode and is left as it is.
             image.draft("RGB" if image.mode in ("RGB", "YCbCr") else image.mode, (size, size))
-        image.load()
-        rgb = _to_rgb(_oriented(image))
+        rgb = _upright(image)
     if size is not None and rgb.shape[:2] != (size, size):
         shrinks = rgb.shape[0] >= size and rgb.shape[1] >= size
         rgb = cv2.resize(rgb, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR).astype(
@@ -172,24 +172,46 @@ def _info(image: Image.Image, data: bytes) -> ImageInfo:
     return ImageInfo(name, image.width, image.height, len(data))
 
 
-def _oriented(image: Image.Image) -> Image.Image:
-    """As the photographer held it; an unreadable EXIF block is no reason to refuse a readable picture.
+def _upright(image: Image.Image) -> Rgb:
+    """The pixels as the photographer held it. Closes the picture: of the largest, memory is short for one more copy."""
+    image.load()
+    turn = _turn(image)
+    rgb = _to_rgb(image)
+    image.close()
+    return rgb if turn is None else np.ascontiguousarray(turn(rgb))
+
+
+def _turn(image: Image.Image) -> Callable[[Rgb], Rgb] | None:
+    """What makes it upright; an unreadable EXIF block is no reason to refuse a readable picture.
 
     Pillow's own exif_transpose also writes the other tags anew, and fails where one of them is broken.
     """
     try:
-        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+        return TURNS.get(image.getexif().get(ORIENTATION, 1))
     except (*FAULTS, ZeroDivisionError):
-        return image
-    return image if turn is None else image.transpose(turn)
+        return None
 
 
 def _to_rgb(image: Image.Image) -> Rgb:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        # 16 bits a sample: scaled to 8, where Pillow's own conversion would clip at 255.
-        grey = np.asarray(image, dtype=np.float64)
-        grey = np.clip(np.round(grey / 257.0), 0, 255).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
+    width, height = image.size
+    if width * height <= TILE_PIXELS:
+        return _tile_to_rgb(image)
+    columns = min(width, TILE_PIXELS)  # a picture may be a single row
+    rows = TILE_PIXELS // columns
+    rgb = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        for left in range(0, width, columns):
+            right, bottom = min(left + columns, width), min(top + rows, height)
+            rgb[top:bottom, left:right] = _tile_to_rgb(image.crop((left, top, right, bottom)))
+    return rgb
+
+
+def _tile_to_rgb(image: Image.Image) -> Rgb:
+    """Each pixel by itself, so that a picture is the same whole or in tiles."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # 16 bits a sample: scaled to 8 and rounded, where Pillow's own conversion would clip at 255.
+        grey = (np.asarray(image).astype(np.uint32) + 128) // 257
+        return np.asarray(cv2.cvtColor(grey.astype(np.uint8), cv2.COLOR_GRAY2RGB), dtype=np.uint8)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
@@ -249,8 +271,7 @@ def thumbnail(data: bytes, *, width: int, height: int, max_pixels: int) -> Rgb:
     with _opened(data, max_pixels=max_pixels, max_bytes=None) as image:
         if image.format == "JPEG" and image.mode in ("RGB", "YCbCr", "L"):
             image.draft(None, (2 * width, 2 * height))
-        image.load()
-        rgb = _to_rgb(_oriented(image))
+        rgb = _upright(image)
     scale = min(width / rgb.shape[1], height / rgb.shape[0])
     if scale < 1:
         size = max(1, round(rgb.shape[1] * scale)), max(1, round(rgb.shape[0] * scale))

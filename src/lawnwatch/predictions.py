@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from lawnwatch import log
-from lawnwatch.errors import LawnwatchError, Unavailable
+from lawnwatch.errors import Conflict, LawnwatchError, Unavailable
 from lawnwatch.ids import random_bytes
 from lawnwatch.store import ObjectStore
 
@@ -25,6 +25,8 @@ logger = log.get(__name__)
 BATCH = 100  # rows of one INSERT
 LINGER = 0.5  # seconds that the first row of a batch waits for company: a transaction costs as much as 20 rows
 PAGE = 200  # most records of one page
+STORE_PAUSE = 30.0  # seconds without a picture after one could not be put: records do not wait for a store that is down
+STORE_PATIENCE = 10.0  # seconds that a batch of records waits for its pictures
 QUEUED_IMAGE_BYTES = 16_000_000  # pictures waiting for the store; beyond it a record goes without its picture
 
 DropReason = Literal["queue_full", "database", "closing", "image_queue_full", "image_store"]
@@ -102,7 +104,7 @@ class PredictionWriter:
 
     `record` never blocks and never raises; what cannot be kept is counted in `drops`. While the database is
     down the newest batch is held and tried again, the queue fills behind it, and requests go on being
-    answered.
+    answered. While the store is down records are written without their pictures.
 
     Args:
         insert: writes rows of `predictions` in one transaction. Raises Unavailable while the database is away,
@@ -121,11 +123,13 @@ class PredictionWriter:
         self._insert = insert
         self._open_store = open_store
         self._store: ObjectStore | None = None
+        self._upload: _Upload | None = None
+        self._store_rests_until = 0.0
         self._queue: queue.Queue[tuple[Prediction, bytes | None, str]] = queue.Queue(capacity)
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._image_bytes = 0
-        self._deadline = float("inf")
+        self._deadline = self._pictures_deadline = float("inf")
         self.written = 0
         self.drops: dict[DropReason, int] = dict.fromkeys(DROP_REASONS, 0)
         self._thread = threading.Thread(target=self._run, name="prediction-writer", daemon=True)
@@ -158,7 +162,8 @@ class PredictionWriter:
 
     def close(self, timeout: float = 10.0) -> bool:
         """Write what is queued and stop; True when everything was written within `timeout` seconds."""
-        self._deadline = time.monotonic() + timeout
+        now = time.monotonic()
+        self._deadline, self._pictures_deadline = now + timeout, now + timeout / 2
         self._closing.set()
         self._thread.join(timeout + 1.0)
         return not self._thread.is_alive() and self._queue.empty() and not self.drops["closing"]
@@ -167,7 +172,7 @@ class PredictionWriter:
         while not (self._closing.is_set() and self._queue.empty()):
             batch = self._next_batch()
             if batch:
-                self._write([self._keep_image(*entry) for entry in batch])
+                self._write(self._rows(batch))
 
     def _next_batch(self) -> list[tuple[Prediction, bytes | None, str]]:
         try:
@@ -182,24 +187,46 @@ class PredictionWriter:
                 break
         return batch
 
-    def _keep_image(self, prediction: Prediction, image: bytes | None, media_type: str) -> dict[str, Any]:
-        row = prediction.as_row()
-        if image is None:
-            return row
-        key = f"predictions/{prediction.created_at:%Y-%m-%d}/{prediction.prediction_id}"
-        try:
-            if time.monotonic() > self._deadline:
-                raise Unavailable("The process is ending.")
-            if self._store is None:
-                self._store = self._open_store()
-            self._store.put(key, image, content_type=media_type)
-            row["image_key"] = key
-        except (LawnwatchError, OSError) as error:
-            self._drop("image_store")
-            logger.warning("picture not kept", prediction_id=prediction.prediction_id, error=str(error))
-        finally:
-            self._release(image)
-        return row
+    def _rows(self, batch: Sequence[tuple[Prediction, bytes | None, str]]) -> list[dict[str, Any]]:
+        """The rows of a batch, each naming its picture when the store has it."""
+        pictures = {
+            _picture_key(prediction): (image, media_type)
+            for prediction, image, media_type in batch
+            if image is not None
+        }
+        kept = self._kept(pictures) if pictures else set()
+        rows = []
+        for prediction, image, _ in batch:
+            row = prediction.as_row()
+            if image is not None:
+                if (key := _picture_key(prediction)) in kept:
+                    row["image_key"] = key
+                else:
+                    self._drop("image_store")
+                self._release(image)
+            rows.append(row)
+        return rows
+
+    def _kept(self, pictures: Mapping[str, tuple[bytes, str]]) -> set[str]:
+        """Put pictures into the store; the keys of those that were put in time."""
+        if time.monotonic() < self._store_rests_until or (self._upload is not None and self._upload.is_alive()):
+            return set()
+        self._upload = upload = _Upload(self._opened_store, pictures)
+        upload.start()
+        patience = time.monotonic() + STORE_PATIENCE
+        while upload.is_alive() and time.monotonic() < min(patience, self._pictures_deadline):
+            upload.join(0.05)  # looks again, because `close` brings the deadline forward
+        kept = upload.give_up()
+        if upload.failed:
+            self._store_rests_until = time.monotonic() + STORE_PAUSE
+        if len(kept) < len(pictures):
+            logger.warning("pictures not kept", count=len(pictures) - len(kept))
+        return kept
+
+    def _opened_store(self) -> ObjectStore:
+        if self._store is None:
+            self._store = self._open_store()
+        return self._store
 
     def _write(self, rows: Sequence[dict[str, Any]]) -> None:
         """Insert the rows; wait for a database that is down, and drop only what it refuses."""
@@ -213,18 +240,32 @@ class PredictionWriter:
                 if time.monotonic() + pause > self._deadline:
                     self._drop("closing", len(rows))
                     logger.error("predictions lost at the end", count=len(rows), error=str(error))
+                    self._forget_pictures(rows)
                     return
                 logger.warning("predictions wait for the database", count=len(rows), error=str(error))
                 time.sleep(pause)
                 pause = min(pause * 2, 1.0)
-            except LawnwatchError as error:
+            except Exception as error:  # refused, or a fault of ours: the thread must outlive it
                 if len(rows) == 1:
                     self._drop("database")
-                    logger.error("prediction refused by the database", id=rows[0]["id"], error=str(error))
+                    logger.error(
+                        "prediction refused by the database",
+                        id=rows[0]["id"],
+                        error=str(error),
+                        exc_info=not isinstance(error, LawnwatchError),
+                    )
+                    if not isinstance(error, Conflict):  # else the record is there already, and names the picture
+                        self._forget_pictures(rows)
                     return
                 for row in rows:  # one bad row must not take its batch with it
                     self._write([row])
                 return
+
+    def _forget_pictures(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Delete the pictures of rows that are dropped: nothing names them, so nothing could ever find them again."""
+        for row in rows:
+            if row["image_key"] is not None:
+                _delete(self._opened_store, row["image_key"])
 
     def _release(self, image: bytes | None) -> None:
         if image is not None:
@@ -234,3 +275,53 @@ class PredictionWriter:
     def _drop(self, reason: DropReason, count: int = 1) -> None:
         with self._lock:
             self.drops[reason] += count
+
+
+class _Upload(threading.Thread):
+    """Pictures on their way into the store, in a thread of their own: a put that hangs for a minute holds up no record.
+
+    Ends at the first that fails. What is put after `give_up` is deleted, because no record will name it.
+    """
+
+    def __init__(self, open_store: Callable[[], ObjectStore], pictures: Mapping[str, tuple[bytes, str]]) -> None:
+        super().__init__(name="picture-upload", daemon=True)
+        self._open_store = open_store
+        self._pictures = pictures
+        self._lock = threading.Lock()
+        self._given_up = False
+        self._kept: set[str] = set()
+        self.failed = False
+
+    def run(self) -> None:
+        for key, (image, media_type) in self._pictures.items():
+            try:
+                self._open_store().put(key, image, content_type=media_type)
+            except Exception as error:  # whatever it is, the records go without their pictures
+                self.failed = True
+                logger.warning(
+                    "picture not put", key=key, error=str(error), exc_info=not isinstance(error, LawnwatchError)
+                )
+                return
+            with self._lock:
+                if not self._given_up:
+                    self._kept.add(key)
+                    continue
+            _delete(self._open_store, key)
+            return
+
+    def give_up(self) -> set[str]:
+        """The keys of the pictures that were put; there will be no more."""
+        with self._lock:
+            self._given_up = True
+            return self._kept
+
+
+def _delete(open_store: Callable[[], ObjectStore], key: str) -> None:
+    try:
+        open_store().delete(key)
+    except Exception as error:  # best effort: the store may be down
+        logger.warning("picture not deleted", key=key, error=str(error), exc_info=not isinstance(error, LawnwatchError))
+
+
+def _picture_key(prediction: Prediction) -> str:
+    return f"predictions/{prediction.created_at:%Y-%m-%d}/{prediction.prediction_id}"

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ from pydantic import SecretStr
 import serving_bundle as sb
 from api_process import LAUNCH, Api, form, peak_memory, problem, wait_for
 from lawnwatch.catalog import Base, Catalog, QualityReport
+from lawnwatch.config import Settings
 from lawnwatch.errors import RolloutFailed
 from lawnwatch.rollout import TARGET_KEY, LocalRollout, ReleaseTarget
-from lawnwatch.store import ObjectStore
+from lawnwatch.store import ObjectStore, open_store
 
 pytestmark = pytest.mark.integration
 
@@ -160,7 +162,16 @@ def test_a_request_id_that_is_not_one_is_replaced(api: Api) -> None:
         assert re.fullmatch(r"[0-9a-f]{32}", given)
 
 
-def test_the_first_answer_waits_for_no_training_library_and_no_database(api: Api) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_process_that_answers_has_no_training_library_in_memory(api: Api) -> None:
+    assert api.predict(sb.picture(sb.YELLOW)).status == 200 and api.process is not None
+    maps = Path(f"/proc/{api.process.pid}/maps").read_text()
+    loaded = set(re.findall(r"/site-packages/(\w+)/", maps))
+    assert "ai_edge_litert" in loaded, "the libraries of a process are not found in this way"
+    assert not loaded & {"tensorflow", "keras", "h5py", "sklearn", "scipy", "pandas", "matplotlib", "pyarrow"}
+
+
+def test_the_first_answer_waits_for_no_training_library_and_no_database() -> None:
     code = (
         "import sys, lawnwatch.serving.app, lawnwatch.serving.server;"
         "heavy = 'tensorflow keras mlflow airflow sklearn matplotlib sqlalchemy'.split();"
@@ -424,13 +435,40 @@ def test_31_the_cached_model_serves_when_the_store_is_down(start: Callable[..., 
     assert "a-secret-of-our-own" not in empty.log_text() + second.log_text()
 
 
-def test_31_a_store_that_goes_away_changes_nothing(start: Callable[..., Api]) -> None:
-    api = start()
-    store = api.home / "store"
-    store.rename(api.home / "moved")
-    time.sleep(0.5)
-    assert api.predict(sb.picture(sb.YELLOW)).status == 200
+def test_31_a_store_that_goes_away_changes_nothing(
+    start: Callable[..., Api], start_minio: Callable[[], Any], graphs: Path, tmp_path: Path
+) -> None:
+    minio = start_minio()
+    where = minio.settings("lawn")
+    store = open_store(Settings(home=tmp_path / "home", **where))
+    made = sb.publish(store, graphs)
+    store.put(TARGET_KEY, ReleaseTarget.single(1, made.sha256).to_bytes())
+    api = start(
+        bundle=False, home=tmp_path / "home", **{f"LAWNWATCH_{name.upper()}": value for name, value in where.items()}
+    )
+    up = partial(api.metric, "lawnwatch_store_up")
+    assert up() == 1
+    minio.server.stop(signal.SIGKILL)
+    for _ in range(2):  # before anybody noticed, and after
+        answer = api.predict(sb.picture(sb.YELLOW))
+        assert answer.status == 200 and answer.json["model"]["sha256"] == made.sha256
+        wait_for(lambda: up() == 0, 60)
     assert api.get("/ready").status == 200
+    assert "does not answer" in api.get("/model/info").json["reason"]
+    minio.server.start()
+    wait_for(lambda: up() == 1, 60)
+    assert api.get("/model/info").json["reason"] == ""
+
+
+def test_35_a_model_that_cannot_be_cached_serves_all_the_same(start: Callable[..., Api], tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "cache").touch()  # a file where the folder should be: nothing can be written there, not even by root
+    api = start(home=home)
+    assert api.predict(sb.picture(sb.YELLOW)).json["label"] == "dandelion"
+    info = api.get("/model/info").json
+    assert (info["state"], info["reason"]) == ("ready", "") and api.metric("lawnwatch_store_up") == 1
+    assert "cannot be kept on disk" in api.log_text()
 
 
 def flip(store: ObjectStore, key: str) -> None:
@@ -464,14 +502,26 @@ def damage(kind: str, api: Api, graphs: Path) -> tuple[int, str]:
     elif kind == "class order":
         edit = lambda document: document["classes"].reverse()  # noqa: E731
         return 2, sb.rewrite_manifest(store, bundle.sha256, edit)
-    elif kind == "other version":
+    elif kind.startswith("other "):
+        part, name, change = OTHER_SPECS[kind.removeprefix("other ")]
+        return 2, sb.rewrite_manifest(store, bundle.sha256, lambda document: document[part][name].update(change))
+    elif kind == "wrong version":
         return 3, bundle.sha256
     return 2, bundle.sha256
 
 
+# What a manifest says of the graph's tensors, though the graph is another one.
+OTHER_SPECS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "size": ("inputs", "image", {"shape": [1, 299, 299, 3]}),
+    "channels": ("inputs", "image", {"shape": [1, 224, 224, 1]}),
+    "dtype": ("inputs", "image", {"dtype": "float32"}),
+    "embedding": ("outputs", "embedding", {"shape": [1, 1280]}),
+    "arithmetic": ("outputs", "logits", {"dtype": "int8"}),
+}
 BROKEN = [
-    "flipped byte", "truncated", "missing file", "missing", "edited manifest", "class order", "other version",
+    "flipped byte", "truncated", "missing file", "missing", "edited manifest", "class order", "wrong version",
     "preprocessing", "nan", "constant", "swapped", "floats", "renamed", "three", "detector",
+    *(f"other {what}" for what in OTHER_SPECS),
 ]  # fmt: skip
 
 
@@ -499,6 +549,20 @@ def test_36_37_38_no_broken_bundle_ever_serves(start: Callable[..., Api], graphs
     api.point_at(better)
     wait_for(lambda: api.get("/model/info").json["model"]["version"] == 4)
     assert api.get("/model/info").json["rejected"] is None and api.metric("lawnwatch_model_rejected") == 0
+
+
+def test_38_a_picture_that_the_model_has_no_number_for_is_the_servers_fault(start: Callable[..., Api]) -> None:
+    api = start(graph="brittle")
+    image = io.BytesIO()
+    Image.new("RGB", (300, 200), (255, 255, 255)).save(image, "PNG")
+    kind, body = form([("file", "a.png", image.getvalue()), ("file", "b.jpg", sb.picture(sb.YELLOW))])
+    problem(api.predict(image.getvalue()), 500, "internal")
+    problem(api.ask("POST", "/predict?explain=true", image.getvalue(), {"Content-Type": "image/png"}), 500, "internal")
+    items = api.ask("POST", "/predict/batch", body, {"Content-Type": kind}).json["items"]
+    assert (items[0]["problem"]["status"], items[0]["problem"]["code"]) == (500, "internal")
+    assert items[1]["prediction"]["label"] == "dandelion"
+    assert api.metric("lawnwatch_predict_failures_total") == 3
+    assert "not finite" in api.log_text()
 
 
 def test_36_a_broken_bundle_is_never_ready(start: Callable[..., Api], graphs: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import threading
 import time
@@ -103,6 +104,17 @@ def test_28_a_database_that_hangs_stops_neither_start_nor_answers_nor_the_end(st
         assert api.stop() == 0
         assert time.monotonic() - begun < 25
         assert "of-our-own" not in api.log_text()
+
+
+def test_28_questions_to_a_database_that_hangs_do_not_hide_the_metrics(start: Callable[..., Api]) -> None:
+    with silent_server() as port, ThreadPoolExecutor(80) as pool:
+        api = start(LAWNWATCH_DATABASE_URL=f"mysql+pymysql://someone:of-our-own@127.0.0.1:{port}/nothing")
+        asked = [pool.submit(api.get, "/predictions") for _ in range(80)]  # twice as many as there are threads
+        time.sleep(1)
+        for path in ("/metrics", "/ready"):
+            assert api.ask("GET", path, timeout=2).status == 200, path
+        assert not any(one.done() for one in asked[40:]), "the questions did not take all threads"
+        api.stop(signal.SIGKILL)
 
 
 def test_44_a_slow_sender_does_not_keep_the_process_from_ending(start: Callable[..., Api]) -> None:

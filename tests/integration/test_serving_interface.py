@@ -22,13 +22,16 @@ from urllib.parse import quote, unquote
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import SecretStr
 from tritonclient import http as triton
 from tritonclient.utils import InferenceServerException
 
 import serving_bundle as sb
 from api_process import Answer, Api, form, peak_memory, problem, wait_for
-from lawnwatch import history, images, key_table
+from lawnwatch import history, images, key_table, rollout
 from lawnwatch.catalog import Catalog
+from lawnwatch.config import Settings
+from lawnwatch.errors import RolloutFailed
 
 pytestmark = pytest.mark.integration
 
@@ -206,6 +209,8 @@ def test_an_explanation_marks_what_speaks_for_the_class(api: Api, start: Callabl
     answer = api.ask("POST", "/predict?explain=true", body, {"Content-Type": content_type})
     why = answer.json["explanation"]
     assert why["class"] == "dandelion" and "explain;dur=" in answer.headers["server-timing"]
+    documented = api.get("/openapi.json").json["components"]["schemas"]["Timings"]["properties"]
+    assert set(answer.json["timings_ms"]) == set(documented)
     shown = Image.open(io.BytesIO(base64.b64decode(why["png_base64"])))
     assert shown.format == "PNG" and shown.size == (320, 160)
     changed = np.abs(np.asarray(shown).astype(int) - np.asarray(Image.fromarray(half).resize((320, 160)))).sum(axis=2)
@@ -355,6 +360,18 @@ def test_keys_open_what_their_scope_says(start: Callable[..., Api]) -> None:
     stored = b"".join(file.read_bytes() for file in api.home.glob("catalog.db*"))
     for key in (asks.key, sees.key):
         assert key not in kept and key.rpartition("_")[2].encode() not in stored
+
+
+def test_a_rollout_shows_its_key_for_the_golden_pictures(start: Callable[..., Api]) -> None:
+    api = start(LAWNWATCH_SERVING__REQUIRE_KEYS="true")
+    catalog = Catalog(api.settings)
+    catalog.migrate()
+    key = key_table.create(catalog, "rollout", ["predict"]).key
+    with pytest.raises(RolloutFailed, match=r"status 401: .*LAWNWATCH_API_KEY"):
+        rollout.verify(api.settings, api.store, timeout=0)
+    settings = Settings(home=api.home, api_url=api.url, api_key=SecretStr(key))
+    assert rollout.verify(settings, api.store, timeout=10).model_version == 1
+    assert key not in repr(settings)
 
 
 def test_a_refused_key_costs_no_body(start: Callable[..., Api]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -86,6 +87,22 @@ def test_the_cache_serves_while_the_store_is_down_and_heals_when_it_rots(store: 
     with pytest.raises(Unavailable):
         bundle.read(Down(), sha256, cache)  # type: ignore[arg-type]
     assert bundle.read(store, sha256, cache).bytes_of("model.tflite") == FILES["model.tflite"]
+
+
+def test_35_a_bundle_that_cannot_be_kept_is_used_from_memory(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sha256 = bundle.write(store, FILES, meta()).sha256
+    (tmp_path / "a file").touch()
+    found = bundle.read(store, sha256, tmp_path / "a file" / "cache")
+    assert {name: found.bytes_of(name) for name in found.files} == FILES
+
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert bundle.read(store, sha256, tmp_path / "cache").bytes_of("model.tflite") == FILES["model.tflite"]
+    assert list((tmp_path / "cache").iterdir()) == [], "half of a copy was left"
 
 
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])

@@ -47,6 +47,11 @@ def test_a_group_is_reached_with_two_underscores(monkeypatch: pytest.MonkeyPatch
     assert settings.fetch.origin_map == {"https://a/": "http://b/"}
 
 
+def test_people_find_the_api_where_programs_do_unless_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read(monkeypatch, LAWNWATCH_API_URL="http://api:8000").public_url == "http://api:8000"
+    assert read(monkeypatch, LAWNWATCH_PUBLIC_URL="https://lawn.example.org").public_url == "https://lawn.example.org"
+
+
 def test_mlflows_own_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read(monkeypatch, MLFLOW_TRACKING_URI="http://mlflow:5000").mlflow_tracking_uri == "http://mlflow:5000"
 

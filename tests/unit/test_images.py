@@ -214,6 +214,32 @@ def test_05_all_orientations_give_the_same_pixels(orientation: int, format: str)
     assert np.abs(rgb.astype(int) - expected).max() <= (12 if format == "JPEG" else 0)
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB", "I;16", "1", "CMYK"])
+def test_46_in_tiles_or_whole_the_pixels_are_the_same(
+    mode: str, orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = np.random.default_rng(7).integers(0, 256, (45, 71, 4), np.uint8)
+    if mode == "I;16":
+        image = Image.fromarray(noise[:, :, :2].copy().view(np.uint16)[:, :, 0])
+    else:
+        image = Image.fromarray(noise, "RGBA").convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"transparency": 3} if mode == "P" else {}
+    data = saved(image, "JPEG" if mode == "CMYK" else "PNG", exif=exif, **options)
+    whole = images.decode(data, size=None, max_pixels=CAP)
+    for pixels in (64, 71, 500):
+        monkeypatch.setattr(images, "TILE_PIXELS", pixels)
+        assert np.array_equal(images.decode(data, size=None, max_pixels=CAP), whole)
+
+
+def test_04_every_sixteen_bit_grey_is_rounded_to_the_nearest_of_eight() -> None:
+    greys = np.arange(65_536, dtype=np.uint16).reshape(256, 256)
+    rgb = images.decode(saved(Image.fromarray(greys), "PNG"), size=None, max_pixels=CAP)
+    assert np.array_equal(rgb, np.repeat(np.round(greys / 257)[:, :, np.newaxis], 3, axis=2))
+
+
 def test_05_broken_exif_counts_as_upright() -> None:
     data = saved(scene(), exif=b"Exif\x00\x00II*\x00\xff\xff\xff\x7f" + b"\xff" * 20)
     assert np.array_equal(images.decode(data, max_pixels=CAP), images.decode(saved(scene()), max_pixels=CAP))

@@ -6,21 +6,24 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from lawnwatch import history, ids, predictions
 from lawnwatch.catalog import Catalog
 from lawnwatch.config import Settings
-from lawnwatch.errors import InputError, NotFound, Unavailable
+from lawnwatch.errors import DataError, InputError, NotFound, Unavailable
 from lawnwatch.history import get_prediction, list_predictions
 from lawnwatch.predictions import Prediction, PredictionWriter
+from lawnwatch.serving import clients
 from lawnwatch.serving.api import Api
-from lawnwatch.store import ObjectStore, open_store
+from lawnwatch.store import LocalStore, ObjectStore, open_store
 
 pytestmark = pytest.mark.unit
 
@@ -193,6 +196,97 @@ def test_a_store_that_fails_costs_the_picture_only(catalog: Catalog) -> None:
     assert writer.drops["image_store"] == 1 and writer.written == 1
 
 
+class Faulty(LocalStore):
+    """A folder whose `put` does first what a test wants."""
+
+    def __init__(self, folder: Path, before_put: Callable[[], None]) -> None:
+        super().__init__(folder)
+        self._before_put = before_put
+        self.puts = 0
+
+    def put(self, key: str, data: bytes, **options: Any) -> Any:
+        self._before_put()
+        info = super().put(key, data, **options)
+        self.puts += 1
+        return info
+
+
+def test_29_a_store_that_fails_slowly_holds_up_no_record(catalog: Catalog, tmp_path: Path) -> None:
+    def slowly() -> None:
+        time.sleep(0.3)
+        raise Unavailable("The store does not answer.")
+
+    writer = PredictionWriter(
+        partial(history.insert, catalog), lambda: Faulty(tmp_path / "store", slowly), capacity=200
+    )
+    for _ in range(200):
+        assert writer.record(prediction(), b"picture")
+    soon(lambda: writer.written == 200)
+    assert writer.drops["image_store"] == 200 and sum(writer.drops.values()) == 200
+    assert writer.close()
+
+
+def test_29_pictures_are_kept_again_soon_after_the_store_is_back(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predictions, "STORE_PAUSE", 0.2)
+    faults = [Unavailable("The store does not answer.")]
+
+    def once() -> None:
+        if faults:
+            raise faults.pop()
+
+    writer = PredictionWriter(partial(history.insert, catalog), lambda: Faulty(tmp_path / "store", once), capacity=10)
+    writer.record(prediction(), b"picture")
+    soon(lambda: writer.written == 1)
+    time.sleep(0.3)
+    one = prediction()
+    writer.record(one, b"picture")
+    assert writer.close()
+    assert get_prediction(catalog, one.prediction_id).image_key and writer.drops["image_store"] == 1
+
+
+def test_44_a_put_that_hangs_outlasts_no_end_and_leaves_no_picture_that_nothing_names(
+    catalog: Catalog, tmp_path: Path
+) -> None:
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        hangs.set()
+        goes_on.wait(20)
+
+    store = Faulty(tmp_path / "store", hang)
+    writer = PredictionWriter(partial(history.insert, catalog), lambda: store, capacity=10)
+    one = prediction()
+    writer.record(one, b"picture")
+    assert hangs.wait(5)
+    assert writer.close(timeout=2.0), "the record was not written in time"
+    assert writer.drops["image_store"] == 1 and get_prediction(catalog, one.prediction_id).image_key is None
+    goes_on.set()
+    soon(lambda: store.puts == 1)
+    soon(lambda: not list(store.list()))
+
+
+def test_the_picture_of_a_record_that_is_dropped_goes_with_it(catalog: Catalog, store: ObjectStore) -> None:
+    def refuse(_: Any) -> None:
+        raise DataError("The database refuses it.")
+
+    writer = PredictionWriter(refuse, lambda: store, capacity=10)
+    writer.record(prediction(), b"picture")
+    writer.close()
+    assert writer.drops["database"] == 1
+    assert list(store.list()) == []
+
+    # Written before, though the answer was lost: it is refused as a double, and its picture is another's business.
+    twice = prediction()
+    writer = PredictionWriter(partial(history.insert, catalog), lambda: store, capacity=10)
+    for _ in range(2):
+        writer.record(twice, b"picture")
+    writer.close()
+    assert writer.drops["database"] == 1
+    assert [one.key for one in store.list()] == [get_prediction(catalog, twice.prediction_id).image_key]
+
+
 def test_pictures_that_wait_are_bounded_in_bytes(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predictions, "QUEUED_IMAGE_BYTES", 1000)
     opened = threading.Event()
@@ -208,6 +302,70 @@ def test_pictures_that_wait_are_bounded_in_bytes(catalog: Catalog, monkeypatch: 
     opened.set()
     assert writer.close()
     assert writer.written == 4
+
+
+def test_a_pool_without_a_free_connection_is_a_database_that_does_not_answer(
+    catalog: Catalog, store: ObjectStore
+) -> None:
+    catalog.engine = sa.create_engine(
+        catalog.engine.url, poolclass=sa.QueuePool, pool_size=1, max_overflow=0, pool_timeout=0.05
+    )
+    writer = PredictionWriter(partial(history.insert, catalog), lambda: store, capacity=10)
+    with catalog.engine.connect():
+        with pytest.raises(Unavailable, match="no connection free"):
+            list_predictions(catalog)
+        writer.record(prediction())
+        soon(lambda: writer.depth == 0)
+        time.sleep(2 * predictions.LINGER)
+    soon(lambda: writer.written == 1)
+    assert writer.close() and not any(writer.drops.values())
+
+
+def test_questions_that_hold_every_connection_do_not_hold_up_records_and_keys(settings: Settings) -> None:
+    api = Api(settings)
+    pool = api.catalog.engine.pool
+    assert isinstance(pool, sa.QueuePool)
+    with ExitStack() as questions:
+        for _ in range(15):  # as many as SQLAlchemy opens
+            questions.enter_context(api.catalog.engine.connect())
+        begun = time.monotonic()
+        api._insert([prediction().as_row()])
+        assert api._read_keys() == []
+        assert time.monotonic() - begun < 5
+    assert len(list_predictions(api.catalog).items) == 1
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_threads_of_records_and_keys_outlive_any_fault(
+    catalog: Catalog, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = [RuntimeError("unheard of"), KeyError("another")]
+
+    def insert(rows: Any) -> None:
+        if faults:
+            raise faults.pop()
+        history.insert(catalog, rows)
+
+    writer = PredictionWriter(insert, lambda: store, capacity=10)
+    writer.record(prediction())
+    soon(lambda: writer.drops["database"] == 1)
+    faults.clear()
+    for _ in range(3):
+        writer.record(prediction())
+    soon(lambda: writer.written >= 3)
+    assert writer.close()
+
+    asked = []
+
+    def read() -> list[Any]:
+        asked.append(1)
+        raise RuntimeError("unheard of")
+
+    monkeypatch.setattr(clients, "REFRESH_SECONDS", 0.01)
+    ring = clients.KeyRing(read)
+    ring.start()
+    soon(lambda: len(asked) > 2)
+    ring.stop()
 
 
 def test_the_api_brings_the_tables_up_to_date_at_first_use(settings: Settings) -> None:

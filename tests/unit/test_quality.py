@@ -123,6 +123,8 @@ def test_good_images_pass_and_the_report_lies_in_the_store(lawn: Lawn) -> None:
     result = lawn.fill(6).look()
     assert result.passed and result.created and result.forced is None
     assert result.report_url == f"http://127.0.0.1:8000/reports/quality/{result.report}"
+    lawn.settings = lawn.settings.model_copy(update={"public_url": "https://lawn.example.org/"})
+    assert lawn.look().report_url == f"https://lawn.example.org/reports/quality/{result.report}"
     page = lawn.html(result)
     assert "The images pass every check" in page and page.count("<svg") == 4  # the logo and three plots
     document = json.loads(lawn.store.get(f"reports/quality/{result.report}.json"))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 from sqlalchemy import update
 
 from lawnwatch import bundle, rollout
@@ -32,6 +33,7 @@ class Follower:
         self.ignores: set[str] = set()
         self.current: dict[str, Any] | None = None
         self.answers = {"a": 1.0, "b": 0.0}  # what `publish` recorded as golden
+        self.asked_with: list[str | None] = []  # the API key of each picture
         follower = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -43,6 +45,7 @@ class Follower:
 
             def do_POST(self) -> None:
                 self.rfile.read(int(self.headers["Content-Length"]))
+                follower.asked_with.append(self.headers["X-API-Key"])
                 body = json.dumps({"model": follower.current, "probabilities": follower.answers}).encode()
                 self.send_response(200)
                 self.end_headers()
@@ -158,6 +161,19 @@ def test_a_model_that_does_not_come_up_leaves_the_old_target(world: World, how: 
     assert read_target(world.store) == world.v1
     assert world.states() == [(2, "failed"), (1, "complete")]
     assert world.rollout().history()[0].reason
+
+
+def test_a_pointer_that_somebody_else_moved_meanwhile_is_left_to_them(world: World) -> None:
+    world.rollout().start(world.v1, timeout=5)
+    world.follower.ignores.add(world.v2.stable.sha256)
+
+    def meddle(line: str) -> None:
+        if "waiting" in line:
+            world.store.put(TARGET_KEY, world.v3.to_bytes())
+
+    with pytest.raises(RolloutFailed, match="what somebody else wrote meanwhile stays"):
+        world.rollout().start(world.v2, timeout=1, progress=meddle)
+    assert read_target(world.store) == world.v3 and world.states()[0] == (2, "failed")
 
 
 def test_the_first_rollout_that_fails_leaves_no_target(world: World) -> None:
@@ -347,3 +363,17 @@ def test_verify_asks_what_a_client_would(world: World) -> None:
     world.follower.server.server_close()
     with pytest.raises(RolloutFailed, match="does not answer"):
         rollout.verify(world.settings, world.store, timeout=0.5)
+
+
+def test_48_a_key_that_is_none_is_not_sent_and_not_shown(world: World) -> None:
+    world.rollout().start(world.v1, timeout=5)
+    good = f"lw_{'0' * 16}_{'A' * 43}"
+    for kept in (good, f"{good}\n"):  # as a mounted secret may end
+        rollout.verify(world.settings.model_copy(update={"api_key": SecretStr(kept)}), world.store)
+    rollout.verify(world.settings, world.store)
+    assert world.follower.asked_with == [good, good, None]
+    for bad in ("canary\r\nHost: x", "canär"):
+        with pytest.raises(RolloutFailed, match="LAWNWATCH_API_KEY") as failed:
+            rollout.verify(world.settings.model_copy(update={"api_key": SecretStr(bad)}), world.store, timeout=0)
+        assert "can" not in str(failed.value)
+    assert len(world.follower.asked_with) == 3

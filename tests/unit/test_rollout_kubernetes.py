@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import SecretStr
 
 from lawnwatch import bundle, rollout
 from lawnwatch.catalog import Catalog
@@ -42,6 +43,8 @@ class Farm:
         self.wrong: set[str] = set()  # comes up and answers its golden pictures otherwise
         self.stalls = True  # Kubernetes says so at once, and not after the deadline
         self.refusal = 0
+        self.key = ""  # the API key without which no picture is answered
+        self.sent_key: str | None = None
         self.serving: dict[str, Any] | None = None
         self.patches: list[dict[str, Any]] = []
         self.kubernetes, self.api = self._server(self._kubernetes), self._server(self._api)
@@ -133,6 +136,8 @@ class Farm:
         if self.serving is None:
             return 503, {"code": "no_model"}
         if method == "POST":
+            if self.key and self.sent_key != self.key:
+                return 401, {"code": "unauthorized"}
             right = self.serving["sha256"] not in self.wrong
             return 200, {
                 "model": self.serving,
@@ -141,9 +146,12 @@ class Farm:
         return 200, {"state": "ready", "model": self.serving, "golden": {"ok": True, "max_error": 0.0}}
 
     def _server(self, answer: Any) -> http.server.ThreadingHTTPServer:
+        farm = self
+
         class Handler(http.server.BaseHTTPRequestHandler):
             def reply(self) -> None:
                 raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                farm.sent_key = self.headers["X-API-Key"]
                 body = json.loads(raw) if raw and self.command == "PATCH" else None
                 status, found = answer(self.command, self.path.partition("?")[0], body)
                 data = json.dumps(found).encode()
@@ -286,6 +294,14 @@ def test_pods_that_are_ready_and_answer_otherwise_are_undone(farm: Farm, here: I
     assert farm.annotations[place.VERSION] == "1"
 
 
+def test_an_api_that_requires_keys_is_shown_one(farm: Farm, here: Installation) -> None:
+    farm.key = f"lw_{'0' * 16}_{'A' * 43}"
+    with pytest.raises(RolloutFailed, match="LAWNWATCH_API_KEY"):
+        here.rollout().start(here.v1)
+    here.settings = here.settings.model_copy(update={"api_key": SecretStr(farm.key)})
+    assert here.rollout().start(here.v1).state == "complete"
+
+
 def test_the_first_model_that_fails_leaves_a_template_without_a_model(farm: Farm, here: Installation) -> None:
     farm.never_ready.add(here.v1.stable.sha256)
     with pytest.raises(RolloutFailed, match="no model before"):
@@ -311,8 +327,18 @@ def test_a_template_that_somebody_changes_meanwhile_is_said(farm: Farm, here: In
         if "waiting" in line:
             farm.annotations[place.SHA256] = here.v3.stable.sha256
 
-    with pytest.raises(RolloutFailed, match="somebody else changed the pod template"):
+    with pytest.raises(RolloutFailed, match="somebody else changed the pod template") as failed:
         here.rollout().start(here.v2, progress=meddle)
+    assert farm.sha256 == here.v3.stable.sha256, "their change was overwritten"
+    assert "goes on serving" not in failed.value.message
+    assert here.rollout().history()[0].state == "failed"
+
+
+@pytest.mark.parametrize(
+    ("address", "url"), [("10.0.0.7", "http://10.0.0.7:8000"), ("fd00::7", "http://[fd00::7]:8000")]
+)
+def test_a_pod_is_asked_at_its_address_of_either_family(address: str, url: str) -> None:
+    assert place.pod_url(address) == url
 
 
 @pytest.mark.parametrize(

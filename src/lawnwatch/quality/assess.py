@@ -178,7 +178,7 @@ def _id(digest: str, forced: str) -> str:
 
 
 def _url(settings: Settings, number: str) -> str:
-    return f"{settings.api_url.rstrip('/')}/reports/quality/{number}"
+    return f"{settings.public_url.rstrip('/')}/reports/quality/{number}"
 
 
 def _known(settings: Settings, catalog: Catalog, store: ObjectStore, facts: Facts, number: str) -> QualityResult | None:

@@ -76,7 +76,7 @@ def verify(settings: Settings, store: ObjectStore, *, timeout: float = 30.0) -> 
         ]
         if not faults and serving.proves(stable.sha256):
             left = max(0.0, deadline - time.monotonic())
-            if fault := golden_fault(settings.api_url, bundle.read(store, stable.sha256), timeout=left):
+            if fault := golden_fault(settings, bundle.read(store, stable.sha256), timeout=left):
                 raise RolloutFailed(f"The target is v{stable.model_version}, but {fault}.")
             error = float((serving.info or {})["golden"]["max_error"])
             return Verification(

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lawnwatch import bundle
+from lawnwatch import bundle, keys
+from lawnwatch.config import Settings
 from lawnwatch.errors import InputError
 
 
@@ -48,19 +49,20 @@ def ask_api(api_url: str, path: str) -> Serving:
     return Serving(info, "" if info.get("state", "ready") == "ready" else str(info.get("reason") or ""))
 
 
-def golden_fault(api_url: str, release: bundle.Bundle, *, timeout: float) -> str:
+def golden_fault(settings: Settings, release: bundle.Bundle, *, timeout: float) -> str:
     """Ask the golden pictures through `POST /predict`; empty when all answers are this bundle's, else why not.
 
-    Asked again for `timeout` seconds: a load balancer may still know a server that is ending.
+    Asked again for `timeout` seconds: a load balancer may still know a server that is ending. The API is shown the key
+    of the settings, when they have one.
     """
     deadline = time.monotonic() + timeout
     while True:
         try:
-            report = bundle.check_golden(release, lambda picture: _probabilities(api_url, release, picture))
+            report = bundle.check_golden(release, lambda picture: _probabilities(settings, release, picture))
             if report.ok:
                 return ""
             fault = (
-                f"the golden answers through {api_url} differ by {report.max_error:.4f} at {report.worst}, "
+                f"the golden answers through {settings.api_url} differ by {report.max_error:.4f} at {report.worst}, "
                 f"{release.manifest.tolerance} is allowed"
             )
         except _NotTheModel as error:
@@ -74,19 +76,26 @@ class _NotTheModel(Exception):
     """The API did not answer, or another model did."""
 
 
-def _probabilities(api_url: str, release: bundle.Bundle, picture: bytes) -> dict[str, float]:
+def _probabilities(settings: Settings, release: bundle.Bundle, picture: bytes) -> dict[str, float]:
     media_type = (
         "image/png" if picture.startswith(b"\x89PNG") else "image/webp" if picture[:4] == b"RIFF" else "image/jpeg"
     )
+    api_url = settings.api_url.rstrip("/")
+    headers = {"Content-Type": media_type}
+    if settings.api_key is not None and (key := settings.api_key.get_secret_value().strip()):
+        if keys.parsed(key) is None:  # not sent: what cannot stand in a header would be shown in urllib's complaint
+            raise _NotTheModel("LAWNWATCH_API_KEY holds no API key; `lawnwatch key create` makes one")
+        headers["X-API-Key"] = key
     request = urllib.request.Request(  # noqa: S310 - `ask_api` checked the scheme
-        f"{api_url.rstrip('/')}/predict", data=picture, headers={"Content-Type": media_type}, method="POST"
+        f"{api_url}/predict", data=picture, headers=headers, method="POST"
     )
     try:
         with urllib.request.urlopen(request, timeout=30) as response:  # noqa: S310
             answer = json.loads(response.read(1_000_000))
         sha256, probabilities = answer["model"]["sha256"], answer["probabilities"]
     except urllib.error.HTTPError as error:
-        raise _NotTheModel(f"the API at {api_url} answers a golden picture with status {error.code}") from error
+        advice = ": LAWNWATCH_API_KEY must hold a key with the scope `predict`" if error.code in (401, 403) else ""
+        raise _NotTheModel(f"the API at {api_url} answers a golden picture with status {error.code}{advice}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _NotTheModel(f"the API at {api_url} does not answer a golden picture ({error})") from error
     if sha256 != release.sha256:

@@ -106,7 +106,8 @@ class Driver(ABC):
         Raises:
             NotFound, IntegrityError: a bundle is not in the store, or not whole; nothing was changed.
             Conflict: another rollout is under way.
-            RolloutFailed: the API did not confirm in time, or refused it; the old target is back.
+            RolloutFailed: the API did not confirm in time, or refused it; the old target is back, unless somebody else
+                wrote another one meanwhile: theirs stays.
         """
         return self._roll("start", target, timeout, wait, progress or _silent)
 
@@ -190,8 +191,7 @@ class Driver(ABC):
             with self._catalog.session() as session:
                 self._finish(session, rollout_id, "complete", "confirmed by the API")
             return self._record(rollout_id, f"v{stable.model_version} is serving.")
-        self._restore(rollout_id, old, reason)
-        back = f"v{old.stable.model_version} goes on serving" if old else "there was no model before it"
+        back = self._restore(rollout_id, target, old, reason)
         raise RolloutFailed(
             f"v{stable.model_version} did not come up: {reason}; {back}.",
             hint="The API's /model/info and log say more.",
@@ -285,11 +285,23 @@ class Driver(ABC):
             logger.warning("the release target cannot be read", error=str(error))
             return None
 
-    def _restore(self, rollout_id: int, old: ReleaseTarget | None, reason: str) -> None:
-        """Put the old target back first, then say that the rollout failed."""
-        self._write(old)
+    def _restore(self, rollout_id: int, target: ReleaseTarget, old: ReleaseTarget | None, reason: str) -> str:
+        """Put the old target back first, then say that the rollout failed. Returns what holds now, in words."""
+        if ours := self._still_says(target):
+            self._write(old)
         with self._catalog.session() as session:
             self._finish(session, rollout_id, "failed", reason)
+        if not ours:
+            return "what somebody else wrote meanwhile stays"
+        return f"v{old.stable.model_version} goes on serving" if old else "there was no model before it"
+
+    def _still_says(self, target: ReleaseTarget) -> bool:
+        """Whether the target is what this rollout wrote; what cannot be read is nobody's."""
+        try:
+            now = self._read()
+        except IntegrityError:
+            return True
+        return now is not None and now.stable.sha256 == target.stable.sha256
 
     def _finish(self, session: Session, rollout_id: int, state: State, reason: str) -> None:
         session.execute(

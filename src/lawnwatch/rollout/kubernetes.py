@@ -175,7 +175,7 @@ class KubernetesRollout(Driver):
                 break
             waiting = self._template.unready(now.selector, release.sha256)
             for pod, address, _ in waiting:
-                if address and (refusal := ask_api(f"http://{address}:8000", "/model/info").rejects(release.sha256)):
+                if address and (refusal := ask_api(pod_url(address), "/model/info").rejects(release.sha256)):
                     return f"pod {pod} refused it: {refusal}"
             states = "; ".join(f"pod {pod} {state}" for pod, _, state in waiting)
             why = f"{now.pods}{'; ' + states if states else ''}"
@@ -190,7 +190,12 @@ class KubernetesRollout(Driver):
             tick()
             time.sleep(POLL_SECONDS)
         tick()
-        return golden_fault(self._settings.api_url, release, timeout=GOLDEN_SECONDS)
+        return golden_fault(self._settings, release, timeout=GOLDEN_SECONDS)
+
+
+def pod_url(address: str) -> str:
+    """Where a pod's API listens, by the pod's IPv4 or IPv6 address."""
+    return f"http://[{address}]:8000" if ":" in address else f"http://{address}:8000"
 
 
 def _observed(deployment: Any) -> Observed:

@@ -14,11 +14,14 @@ from typing import Any, TypeVar
 from PIL import Image
 from starlette.requests import Request
 
-from lawnwatch import heatmap, images, predictions
-from lawnwatch.errors import LawnwatchError
+from lawnwatch import heatmap, images, log, predictions
+from lawnwatch.errors import IntegrityError, LawnwatchError
 from lawnwatch.serving.admission import in_thread
 from lawnwatch.serving.api import Api, named
 from lawnwatch.serving.predictor import Answer, Predictor
+from lawnwatch.serving.problems import ModelFailed
+
+logger = log.get(__name__)
 
 EXPLANATION_SIDE = 320  # longest side of a heat map, pixels
 SHOWN_STAGES = ("decode", "infer", "explain")
@@ -58,6 +61,7 @@ async def of_picture(
 
     Raises:
         UnsupportedMedia, ImageTooLarge, ImageError: not a picture that can be used.
+        ModelFailed: the model has no number for this picture.
         ClientGone, Overloaded: see `in_thread`.
     """
 
@@ -123,6 +127,14 @@ async def _in_turn(api: Api, request: Request, work: Callable[[], A]) -> tuple[A
         begun = time.perf_counter()
         try:
             return work(), begun - queued
+        except (
+            IntegrityError
+        ) as error:  # the bundle was proven when it was loaded, so it is nothing that the client sent
+            api.metrics.failures.inc()
+            logger.error("the model failed", error=error.message, request_id=request.scope["state"]["request_id"])
+            raise ModelFailed(
+                "The model has no answer for this picture.", hint="The server's log says why; tell its operator."
+            ) from error
         finally:
             api.admission.worked(time.perf_counter() - begun)
 

@@ -43,7 +43,7 @@ class Api:
             max_wait=serving.max_wait,
             metrics=self.metrics,
         )
-        self._catalog: Catalog | None = None
+        self._catalogs: tuple[Catalog, Catalog] | None = None  # for questions, for our own threads
         self._opening = threading.Lock()
         self._migrated = False
         self._store: ObjectStore | None = None
@@ -81,26 +81,32 @@ class Api:
 
     @property
     def catalog(self) -> Catalog:
-        """The database, opened and its tables brought up to date at first use. Raises Unavailable."""
+        """The database for the questions of clients; its tables are up to date. Raises Unavailable."""
+        return self._opened()[0]
+
+    def _opened(self) -> tuple[Catalog, Catalog]:
+        """Two pools of connections, opened at first use: questions that wait for a slow answer may hold all of one, and
+        records and keys must not wait for them.
+        """
         with self._opening:
-            if self._catalog is None:
+            if self._catalogs is None:
                 from lawnwatch.catalog import Catalog
 
-                self._catalog = Catalog(self.settings)
+                self._catalogs = Catalog(self.settings), Catalog(self.settings)
         if not self._migrated:  # outside the lock: many may wait for a database that does not answer
-            self._catalog.migrate()
+            self._catalogs[1].migrate()
             self._migrated = True
-        return self._catalog
+        return self._catalogs
 
     def _insert(self, rows: Sequence[dict[str, Any]]) -> None:
         from lawnwatch import history
 
-        history.insert(self.catalog, rows)
+        history.insert(self._opened()[1], rows)
 
     def _read_keys(self) -> list[keys.Key]:
         from lawnwatch import key_table
 
-        return key_table.list_keys(self.catalog)
+        return key_table.list_keys(self._opened()[1])
 
     @property
     def store(self) -> ObjectStore:

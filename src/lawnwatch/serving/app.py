@@ -103,6 +103,8 @@ def _explain_errors(app: FastAPI) -> None:
         path = request.url.path
         if error.status == HTTPStatus.INTERNAL_SERVER_ERROR:
             logger.error("request failed", path=path, code=error.code, error=error.message)
+            if isinstance(error, problems.ModelFailed):
+                return problems.of(error, path)
             said = "The server is not set up correctly; its log says more."
             return problems.problem(500, error.code, said, path=path)
         return problems.of(error, path)

@@ -99,8 +99,12 @@ class KeyRing:
         with self._reading:
             try:
                 found = self._read()
-            except LawnwatchError as error:
-                logger.warning("the API keys cannot be read; those known stay good", error=error.message)
+            except Exception as error:  # whatever it is: the thread goes on asking, or no new key would ever be good
+                logger.warning(
+                    "the API keys cannot be read; those known stay good",
+                    error=str(error),
+                    exc_info=not isinstance(error, LawnwatchError),
+                )
                 return
             finally:
                 self._read_at = time.monotonic()

@@ -1,7 +1,7 @@
 """Prometheus metrics, in a registry of the app's own.
 
 Labels come from closed sets only: route templates, known methods, status codes, our classes, our reasons.
-    Whatever a client invents ends up as `other`, so the number of series does not depend on clients.
+Whatever a client invents ends up as `other`, so the number of series does not depend on clients.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class Metrics:
         self.refused = Counter(
             "lawnwatch_predict_refused", "Predictions not begun, by reason.", ["reason"], registry=on
         )
+        self.failures = Counter("lawnwatch_predict_failures", "Pictures the model had no answer for.", registry=on)
         self.predictions = Counter(
             "lawnwatch_predictions", "Answers, by label and model version.", ["label", "version"], registry=on
         )

@@ -81,6 +81,7 @@ class Predictor:
         self._detector = UnknownDetector.of(bundle)
         self._mine = threading.local()  # each thread keeps the graph it took first
         self._graphs = [self._new_graph()]  # those that no thread has taken yet
+        self._graphs[0].check_described(self.manifest)
         self.size = self._graphs[0].size
         self.golden = self._prove()
         self._graphs = [self._mine.graph, *(self._new_graph() for _ in range(threads - 1))]

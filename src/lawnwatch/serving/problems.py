@@ -59,6 +59,10 @@ class SourceFailed(InputError):
     status, code = 502, "fetch_failed"
 
 
+class ModelFailed(LawnwatchError):
+    """The model has no answer for a picture that is good: a fault of the server, whose log says why."""
+
+
 class UnsupportedBody(InputError):
     """The Content-Type is none that /predict reads."""
 

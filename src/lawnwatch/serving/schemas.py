@@ -36,6 +36,7 @@ class Timings(_Answer):
 
     decode: float = Field(examples=[0.9])
     infer: float = Field(examples=[5.4])
+    explain: float | None = Field(None, examples=[6.2], description="Drawing the heat map; with `explain=true` alone.")
     total: float = Field(examples=[7.1], description="From the request's head to the answer, waiting included.")
 
 

@@ -47,7 +47,7 @@ def add(app: FastAPI, api: Api) -> None:
         },
         tags=["state"],
     )
-    def metrics() -> Response:
+    async def metrics() -> Response:  # not one of the threads that may all wait for the database
         return Response(api.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     @app.get(
