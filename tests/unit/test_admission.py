@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import weakref
 from concurrent.futures import Future
 
 import pytest
 
 from lawnwatch.errors import Overloaded
-from lawnwatch.serving.admission import Admission, Sender
+from lawnwatch.serving.admission import UNWATCHED, Admission, Sender, in_thread
 from lawnwatch.serving.turns import FairPool, current_client
 
 pytestmark = pytest.mark.unit
@@ -105,3 +106,66 @@ def test_work_that_was_given_up_is_not_done_and_faults_reach_who_waits() -> None
         broken.result(10)
     pool.shutdown()
     assert done == ["two"] and not pool._used
+
+
+def begun(pool: FairPool, gate: threading.Event) -> Future[bool]:
+    """A job that a thread works on until the gate opens."""
+    job = pool.submit(gate.wait)
+    while not job.running():
+        time.sleep(0.001)
+    return job
+
+
+def test_13_work_that_was_given_up_keeps_no_picture() -> None:
+    class Picture:
+        pass
+
+    pool, gate = FairPool(1), threading.Event()
+    running = begun(pool, gate)
+    picture = Picture()
+    kept = weakref.ref(picture)
+    current_client.set("one")
+    job = pool.submit(lambda held: held, picture)
+    current_client.set("")
+    del picture
+    assert pool.waiting == 1 and kept() is not None
+    assert job.cancel() and job.cancel()
+    assert kept() is None and pool.waiting == 0  # at once, though the only thread is busy
+    assert "one" not in pool._used
+    gate.set()
+    running.result(10)
+    assert pool.submit(lambda: 5).result(10) == 5
+    pool.submit(gate.wait).result(10)
+    pool.shutdown()
+
+
+def test_a_pool_that_ends_without_its_work_cancels_it() -> None:
+    pool, gate = FairPool(1), threading.Event()
+    running = begun(pool, gate)
+    waiting = [pool.submit(gate.wait) for _ in range(3)]
+    pool.shutdown(wait=False, cancel_futures=True)
+    assert all(job.cancelled() for job in waiting)
+    gate.set()
+    assert running.result(10)
+    pool.shutdown()
+
+
+async def test_13_a_request_that_is_cancelled_takes_its_work_along() -> None:
+    pool, gate = FairPool(1), threading.Event()
+    running = begun(pool, gate)
+
+    async def receive() -> dict[str, object]:
+        await asyncio.sleep(30)
+        return {"type": "http.disconnect"}
+
+    for wait in (0.01, 2 * UNWATCHED):  # before anybody looks whether the client is still there, and after
+        request = asyncio.create_task(in_thread(pool, receive, asyncio.get_running_loop().time() + 30, gate.wait))
+        await asyncio.sleep(wait)
+        assert pool.waiting == 1
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        assert pool.waiting == 0
+    gate.set()
+    assert running.result(10)
+    pool.shutdown()

@@ -378,6 +378,14 @@ async def in_thread(pool: Executor, receive: Receive, deadline: float, work: Cal
     sender = _current_sender.get()
     if sender is not None:
         sender.waits(job)
+    try:
+        return await _result(job, receive, deadline)
+    except asyncio.CancelledError:
+        job.cancel()
+        raise
+
+
+async def _result(job: Future[T], receive: Receive, deadline: float) -> T:
     done: asyncio.Future[T] = asyncio.wrap_future(job)
     await asyncio.wait({done}, timeout=min(UNWATCHED, max(0.0, deadline - asyncio.get_running_loop().time())))
     if done.done() and not done.cancelled():
