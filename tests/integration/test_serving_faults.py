@@ -71,6 +71,29 @@ def test_10_half_open_and_idle_connections_take_nothing_from_others(start: Calla
             assert sock.recv(100) == b""
 
 
+def test_10_slow_senders_of_large_bodies_take_no_memory_from_others(start: Callable[..., Api]) -> None:
+    api = start()
+    sizes = [20_000_000] * 12 + [15_990_000]  # all that bodies may have, but for 10 kB
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n"
+    with contextlib.ExitStack() as held:
+
+        def send(size: int) -> None:
+            sock = held.enter_context(
+                socket.create_connection(("127.0.0.1", api.port), timeout=20, source_address=("127.0.0.2", 0))
+            )
+            with contextlib.suppress(ConnectionError):  # refused, and told so
+                sock.sendall(head % (size + 1) + b"\xff\xd8" + bytes(size - 2))  # the last byte never comes
+
+        with ThreadPoolExecutor(len(sizes)) as pool:
+            list(pool.map(send, sizes))
+        guest = [posted(api, sb.picture(sb.YELLOW), "127.0.0.3") for _ in range(5)]
+        wait_for(lambda: 0 < api.metric("lawnwatch_body_held_bytes") <= 128_000_000, 5)
+        assert api.metric("lawnwatch_slow_senders") > 0
+        guest += [posted(api, sb.picture(sb.YELLOW), "127.0.0.3") for _ in range(5)]
+    assert guest == [200] * 10
+    wait_for(lambda: api.metric("lawnwatch_body_held_bytes") == 0 and api.metric("lawnwatch_slow_senders") == 0)
+
+
 def test_31_a_store_that_hangs_at_the_start_is_not_waited_for(start: Callable[..., Api]) -> None:
     first = start()
     sha256 = first.get("/model/info").json["model"]["sha256"]

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, Response
 
 from lawnwatch.errors import LawnwatchError
 from lawnwatch.serving import answers, openapi, problems, schemas, uploads
+from lawnwatch.serving.admission import keep_whole
 from lawnwatch.serving.answers import Answered
 from lawnwatch.serving.api import Api, named
 from lawnwatch.serving.fetching import PictureFetcher
@@ -78,6 +79,7 @@ def add(app: FastAPI, api: Api) -> None:
         pictures = uploads.pictures(content_type, state["body"], most=serving.max_batch_pictures)
         model = api.admissible()
         api.metrics.batch_pictures.observe(len(pictures))
+        keep_whole()
 
         async def one(picture: bytes) -> Answered:
             _check_size(picture, serving.max_upload_bytes)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lawnwatch import __version__
 from lawnwatch.errors import ImageError, NotFound
 from lawnwatch.serving import answers, openapi, problems, schemas, tensors
-from lawnwatch.serving.admission import in_thread
+from lawnwatch.serving.admission import in_thread, keep_whole
 from lawnwatch.serving.answers import Answered
 from lawnwatch.serving.api import Api
 from lawnwatch.serving.intake import V2_HEADER_LENGTH
@@ -106,6 +106,8 @@ async def _infer(api: Api, request: Request, model: Predictor) -> Response:
         except ImageError as error:
             raise type(error)(f"Picture {place}: {error.message}", hint=error.hint) from None
 
+    if len(wanted.pictures) > 1:
+        keep_whole()
     found = await answers.of_each(api, list(enumerate(wanted.pictures)), one, together=True)
     rows = [each for each in found if isinstance(each, Answered)]
     head: dict[str, Any] = {"model_name": model.manifest.model_name, "model_version": str(model.version)}
