@@ -25,7 +25,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Executor, Future
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -294,8 +294,7 @@ class AdmissionMiddleware:
                     if not message.get("more_body", False):
                         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
         except TimeoutError:
-            if sender.pushed_out:
-                raise _pushed_out() from None
+            sender.check()
             raise self._admission.refuse(
                 "too_slow",
                 BodyTooSlow(
@@ -382,8 +381,7 @@ class Sender:
 
     def hold(self, count: int) -> None:
         """Count bytes more. Raises Overloaded when there is no memory for them, or when it was pushed out."""
-        if self.pushed_out:
-            raise _pushed_out()
+        self.check()
         self._admission.hold(self, count)
 
     def whole(self) -> None:
@@ -394,11 +392,15 @@ class Sender:
         """
         if self._timer is not None:
             self._timer.cancel()
-        if self.pushed_out:
-            raise _pushed_out()
+        self.check()
         if not self._placed:
             self._admission.speed_up(self)
             self.take()
+
+    def check(self) -> None:
+        """Raises Overloaded when it was pushed out."""
+        if self.pushed_out:
+            raise _pushed_out() from None
 
     def waits(self, job: Future[Any]) -> None:
         """Its work is queued as this job."""
@@ -502,6 +504,20 @@ async def _result(job: Future[T], receive: Receive, deadline: float, sender: Sen
             raise Overloaded("No thread became free in time.", hint="Try again.", retry_after=2)
         return done.result()
     finally:
+        gone.cancel()
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Do the work as long as the client is there; `receive` as for `in_thread`. Raises ClientGone."""
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
+    waited_for: set[asyncio.Future[Any]] = {working, gone}
+    try:
+        await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone
+    finally:
+        working.cancel()
         gone.cancel()
 
 
