@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from sqlalchemy import select
 
 import serving_bundle as sb
 from api_process import Api, form, problem, wait_for
+from lawnwatch import history
+from lawnwatch.catalog import Catalog
 
 pytestmark = pytest.mark.integration
 
@@ -72,6 +75,29 @@ def test_10_half_open_and_idle_connections_take_nothing_from_others(start: Calla
             assert sock.recv(100) == b""
 
 
+def test_10_slow_senders_of_large_bodies_take_no_memory_from_others(start: Callable[..., Api]) -> None:
+    api = start()
+    sizes = [20_000_000] * 12 + [15_990_000]  # all that bodies may have, but for 10 kB
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n"
+    with contextlib.ExitStack() as held:
+
+        def send(size: int) -> None:
+            sock = held.enter_context(
+                socket.create_connection(("127.0.0.1", api.port), timeout=20, source_address=("127.0.0.2", 0))
+            )
+            with contextlib.suppress(ConnectionError):  # refused, and told so
+                sock.sendall(head % (size + 1) + b"\xff\xd8" + bytes(size - 2))  # the last byte never comes
+
+        with ThreadPoolExecutor(len(sizes)) as pool:
+            list(pool.map(send, sizes))
+        guest = [posted(api, sb.picture(sb.YELLOW), "127.0.0.3") for _ in range(5)]
+        wait_for(lambda: 0 < api.metric("lawnwatch_body_held_bytes") <= 128_000_000, 5)
+        assert api.metric("lawnwatch_slow_senders") > 0
+        guest += [posted(api, sb.picture(sb.YELLOW), "127.0.0.3") for _ in range(5)]
+    assert guest == [200] * 10
+    wait_for(lambda: api.metric("lawnwatch_body_held_bytes") == 0 and api.metric("lawnwatch_slow_senders") == 0)
+
+
 def test_31_a_store_that_hangs_at_the_start_is_not_waited_for(start: Callable[..., Api]) -> None:
     first = start()
     sha256 = first.get("/model/info").json["model"]["sha256"]
@@ -127,6 +153,27 @@ def test_44_a_slow_sender_does_not_keep_the_process_from_ending(start: Callable[
         begun = time.monotonic()
         assert api.stop() == 0
         assert time.monotonic() - begun < 15
+
+
+def test_44_peers_that_stay_keep_no_record_from_being_written(start: Callable[..., Api]) -> None:
+    """With everything as it is by default: a body that does not come, and answers that nobody takes."""
+    api = start()
+    made = {api.predict(sb.picture(sb.YELLOW)).json["prediction_id"] for _ in range(5)}
+    with contextlib.ExitStack() as held:
+        for request in (
+            b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: 5000\r\n\r\n\xff\xd8",
+            b"GET /docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n" * 20,
+        ):
+            sock = held.enter_context(socket.create_connection(("127.0.0.1", api.port), timeout=20))
+            sock.sendall(request)
+        wait_for(lambda: api.metric("lawnwatch_slow_senders") == 1)
+        made |= {api.predict(sb.picture(sb.GREEN)).json["prediction_id"] for _ in range(20)}
+        begun = time.monotonic()
+        assert api.stop() == 0  # not killed
+        assert time.monotonic() - begun < 25
+    assert "Traceback" not in api.log_text()
+    with Catalog(api.settings).session() as session:
+        assert set(session.scalars(select(history.PredictionRow.id))) == made
 
 
 def test_46_many_of_the_largest_pictures_at_once_stay_within_bounded_memory(start: Callable[..., Api]) -> None:

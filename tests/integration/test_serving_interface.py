@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -196,6 +197,58 @@ def test_slow_hosts_hold_no_place_from_others(api: Api, web: str) -> None:
     assert statuses == [502, 502, 503, 503]
 
 
+def url_request(url: str) -> bytes:
+    body = json.dumps({"url": url}).encode()
+    return b"POST /predict/url HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + (
+        b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    )
+
+
+def asking(api: Api, url: str, source: str) -> socket.socket:
+    """A connection from this address of the loopback network on which a URL was asked for."""
+    sock = socket.create_connection(("127.0.0.1", api.port), timeout=30, source_address=(source, 0))
+    sock.sendall(url_request(url))
+    return sock
+
+
+def refused(api: Api, reason: str) -> float:
+    return api.metric(f'lawnwatch_predict_refused_total{{reason="{reason}"}}')
+
+
+def test_12_one_client_cannot_keep_all_fetches(api: Api, web: str) -> None:
+    before = refused(api, "pushed_out"), refused(api, "queue_full")
+    in_flight = api.metric("lawnwatch_http_requests_in_flight")
+    flood = [asking(api, f"{web}/slow.jpg", "127.0.0.2") for _ in range(2)]
+    wait_for(lambda: api.metric("lawnwatch_http_requests_in_flight") == in_flight + 2)
+    assert asking(api, f"{web}/photo.jpg", "127.0.0.2").recv(4096).startswith(b"HTTP/1.1 503")
+    assert asking(api, f"{web}/photo.jpg", "127.0.0.3").recv(4096).startswith(b"HTTP/1.1 200")
+    answers = sorted(sock.recv(4096)[:12] for sock in flood)
+    assert answers == [b"HTTP/1.1 502", b"HTTP/1.1 503"]
+    assert (refused(api, "pushed_out"), refused(api, "queue_full")) == (before[0] + 1, before[1] + 1)
+
+
+def test_13_a_fetch_ends_with_its_client(api: Api, web: str) -> None:
+    before = refused(api, "gone")
+    with asking(api, f"{web}/slow.jpg", "127.0.0.2"), asking(api, f"{web}/slow.jpg", "127.0.0.2"):
+        wait_for(lambda: api.metric("lawnwatch_http_requests_in_flight") >= 3)
+    wait_for(lambda: refused(api, "gone") == before + 2, 1)  # the host would let them wait for 2 s
+    assert by_url(api, f"{web}/photo.jpg").status == 200
+
+
+def test_requests_by_url_are_counted_as_others_are(api: Api, web: str, start: Callable[..., Api]) -> None:
+    before = refused(api, "media"), refused(api, "too_large")
+    api.ask("POST", "/predict/url", b"{}", {"Content-Type": "text/plain"})
+    by_url(api, f"{web}/huge.jpg")
+    assert (refused(api, "media"), refused(api, "too_large")) == (before[0] + 1, before[1] + 1)
+    locked = start(LAWNWATCH_SERVING__REQUIRE_KEYS="true", LAWNWATCH_SERVING__URL_HOSTS='["127.0.0.1"]')
+    by_url(locked, f"{web}/photo.jpg")
+    locked.get("/predictions/00000000-0000-7000-8000-000000000000")
+    locked.get("/predictions/0/1/2/3")
+    for method, route in (("POST", "/predict/url"), ("GET", "/predictions/{prediction_id}"), ("GET", "other")):
+        name = f'lawnwatch_http_requests_total{{method="{method}",route="{route}",status="401"}}'
+        assert locked.metric(name) == 1
+
+
 # --- why ----------------------------------------------------------------------------------------------------
 
 
@@ -375,8 +428,6 @@ def test_a_rollout_shows_its_key_for_the_golden_pictures(start: Callable[..., Ap
 
 
 def test_a_refused_key_costs_no_body(start: Callable[..., Api]) -> None:
-    import socket
-
     api = start(LAWNWATCH_SERVING__REQUIRE_KEYS="true")
     with socket.create_connection(("127.0.0.1", api.port), timeout=5) as sock:
         sock.sendall(

@@ -12,6 +12,8 @@ When all places are taken, a client that has fewer of them than another by two g
 loses its newest (McKenney, "Stochastic fairness queueing", 1990). So one flood costs others nothing, and with
 `turns.FairPool` their pictures do not stand behind it either.
 
+The same holds for the memory of bodies that are on their way.
+
 A body that takes longer than a second to arrive gives its place back and stands in a separate, bounded line
 of slow senders, so that slow senders cannot take the service away from the others; it takes a place again
 when it is whole.
@@ -23,11 +25,12 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Executor, Future
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from itertools import chain
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -45,6 +48,7 @@ UNWATCHED = 0.25  # seconds of work or waiting for it until somebody looks wheth
 PATIENCE = 1.0  # seconds until a sender counts as slow
 SLOW_SENDERS = 64
 BODY_MEMORY = 256_000_000  # bytes of all bodies that are held at once
+SLOW_MEMORY = BODY_MEMORY // 2  # of those whose senders are slow
 SWALLOW_BYTES = 4_000_000  # of a refused body, for clients that close after the answer
 SWALLOW_SECONDS = 1.0
 
@@ -65,7 +69,6 @@ class Admission:
         places: requests that may be under way or waiting for a thread, however fast they go.
         max_wait: seconds that the last of those who wait may have before it.
         taken: places in use.
-        slow: senders whose body takes its time.
         held: bytes of bodies in memory.
         service_seconds: moving average of the time a thread works on a request.
     """
@@ -74,12 +77,17 @@ class Admission:
     places: int
     max_wait: float = 2.0
     taken: int = 0
-    slow: int = 0
     held: int = 0
     service_seconds: float = 0.02
     draining: bool = False
     metrics: Metrics = field(default_factory=Metrics)
     _holders: dict[str, dict[Sender, None]] = field(default_factory=dict)  # each client's, oldest first
+    _slow: dict[Sender, None] = field(default_factory=dict)  # those without a place, the latest to become slow last
+
+    @property
+    def slow(self) -> int:
+        """Senders whose body takes its time."""
+        return len(self._slow)
 
     @property
     def limit(self) -> int:
@@ -122,7 +130,58 @@ class Admission:
         most = max(self._holders.values(), key=len, default={})
         if len(most) < len(self._holders.get(newcomer, {})) + 2:
             return False
-        return any(sender.push_out() for sender in reversed(most))
+        return any(sender.push_out("pushed_out") for sender in reversed(most))
+
+    def slow_down(self, sender: Sender) -> None:
+        """Put a sender without a place into the line of the slow; without memory for it there it is pushed out."""
+        fits = self._make_room_among_the_slow(sender, sender.held)
+        self._slow[sender] = None
+        if not fits:
+            sender.push_out("memory")
+
+    def speed_up(self, sender: Sender) -> None:
+        """Take a sender out of the line of the slow, if it is there."""
+        self._slow.pop(sender, None)
+
+    def hold(self, sender: Sender, count: int) -> None:
+        """Count bytes that a sender's body has more. Raises Overloaded when there is no memory for them."""
+        fits = True
+        if (over := self.held + count - BODY_MEMORY) > 0:
+            everybody = [*self._slow, *chain.from_iterable(self._holders.values())]
+            fits = self._make_room(everybody, sender, count, over)
+        if sender in self._slow:
+            fits = fits and self._make_room_among_the_slow(sender, count)
+        if not fits:
+            raise self.refuse("memory", Overloaded("Too many large bodies at once.", hint="Try again.", retry_after=2))
+        sender.held += count
+        self.held += count
+
+    def _make_room_among_the_slow(self, newcomer: Sender, count: int) -> bool:
+        """Slow senders keep what they hold for long: half of the memory is always for the others."""
+        over = sum(each.held for each in self._slow) + count - SLOW_MEMORY
+        return over <= 0 or self._make_room(list(self._slow), newcomer, count, over)
+
+    def _make_room(self, senders: list[Sender], newcomer: Sender, count: int, over: int) -> bool:
+        """Push out bodies on their way, of who holds most and the newest first, until `over` bytes are free.
+
+        False when those who hold more than the newcomer have not so many; then all keep theirs.
+        """
+        held: dict[str, int] = {}
+        for each in senders:
+            held[each.client] = held.get(each.client, 0) + each.held
+        own = held.get(newcomer.client, 0) + count
+        losers = []
+        senders.reverse()
+        for each in sorted(senders, key=lambda each: -held[each.client]):
+            if over > 0 and held[each.client] > own and each.held and each.arriving:
+                losers.append(each)
+                over -= each.held
+                held[each.client] -= each.held
+        if over > 0:
+            return False
+        for each in losers:
+            each.push_out("memory")
+        return True
 
     def worked(self, seconds: float) -> None:
         """Learn how long a thread worked on a request."""
@@ -184,8 +243,7 @@ class AdmissionMiddleware:
             state["body"] = await self._body(arriving, sender, intake)
             sender.whole()
             state["body_seconds"] = time.perf_counter() - state["arrived"]
-            current_client.set(sender.client)
-            _current_sender.set(sender)
+            admit(sender)
             endpoint = self._direct.get(scope["path"]) if not scope["query_string"] else None
             if endpoint is None:
                 await self._app(scope, receive, send)
@@ -236,8 +294,7 @@ class AdmissionMiddleware:
                     if not message.get("more_body", False):
                         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
         except TimeoutError:
-            if sender.pushed_out:
-                raise _pushed_out() from None
+            sender.check()
             raise self._admission.refuse(
                 "too_slow",
                 BodyTooSlow(
@@ -275,24 +332,34 @@ async def swallow(receive: Receive) -> None:
 
 
 class Sender:
-    """One request's hold on places and memory."""
+    """One request's hold on places and memory.
+
+    Attributes:
+        client: whose request it is.
+        held: bytes of its body in memory.
+        clock: the time limit of what can be pushed out by ending it: a body's arrival.
+        whole_only: its work is in several jobs, of which none is taken away.
+        pushed_out: it lost its place or memory to another; it ends with 503.
+    """
 
     def __init__(self, admission: Admission, client: str) -> None:
         self.client = client
+        self.held = 0
         self.clock: asyncio.Timeout | None = None
+        self.whole_only = False
         self.pushed_out = False
         self._admission = admission
-        self._jobs: list[Future[Any]] = []
-        self._held = 0
+        self._job: Future[Any] | None = None
         self._placed = False
-        self._slow = False
         self._timer: asyncio.TimerHandle | None = None
 
     def enter(self) -> None:
-        self._take()
+        """Take a place, while the body arrives; to be given up for the line of the slow. Raises Overloaded."""
+        self.take()
         self._timer = asyncio.get_running_loop().call_later(PATIENCE, self._is_slow)
 
-    def _take(self) -> None:
+    def take(self) -> None:
+        """Take a place. Raises Overloaded."""
         self._admission.enter(self)
         self._placed = True
 
@@ -305,60 +372,88 @@ class Sender:
         # With the slow line full the sender keeps its place: then it is bounded by the request's time alone.
         if self._placed and self._admission.slow < SLOW_SENDERS:
             self._give()
-            self._slow = True
-            self._admission.slow += 1
+            self._admission.slow_down(self)
+
+    @property
+    def arriving(self) -> bool:
+        """Its body is on its way, and can be pushed out."""
+        return self.clock is not None and not self.pushed_out and not self.clock.expired()
 
     def hold(self, count: int) -> None:
-        if self._admission.held + count > BODY_MEMORY:
-            raise self._admission.refuse(
-                "memory", Overloaded("Too many large bodies at once.", hint="Try again.", retry_after=2)
-            )
-        self._held += count
-        self._admission.held += count
+        """Count bytes more. Raises Overloaded when there is no memory for them, or when it was pushed out."""
+        self.check()
+        self._admission.hold(self, count)
 
     def whole(self) -> None:
-        """The body is whole: a slow sender takes a place again, or is refused."""
+        """The body is whole: a slow sender takes a place again, or is refused.
+
+        Raises:
+            Overloaded: there is none; or it was pushed out while the last piece was being read.
+        """
         if self._timer is not None:
             self._timer.cancel()
-        if self._slow:
-            self._slow = False
-            self._admission.slow -= 1
-            self._take()
+        self.check()
+        if not self._placed:
+            self._admission.speed_up(self)
+            self.take()
+
+    def check(self) -> None:
+        """Raises Overloaded when it was pushed out."""
+        if self.pushed_out:
+            raise _pushed_out() from None
 
     def waits(self, job: Future[Any]) -> None:
         """Its work is queued as this job."""
-        self._jobs.append(job)
+        self._job = job
 
-    def push_out(self) -> bool:
-        """Give the place to another and end with 503; False once its work has begun. A batch is not cut in pieces."""
-        if self._jobs:
-            self.pushed_out = len(self._jobs) == 1 and self._jobs[0].cancel()
-        elif self.clock is not None and not self.pushed_out:
-            self.pushed_out = True
+    def push_out(self, reason: str) -> bool:
+        """Give place and memory to another and end with 503; False once its work has begun."""
+        if self.clock is not None and self.arriving:
             self.clock.reschedule(asyncio.get_running_loop().time())
-        else:
+        elif self._job is None or self.whole_only or not self._job.cancel():
             return False
-        if self.pushed_out:
-            self._give()
-            self._admission.metrics.refused.labels("pushed_out").inc()
-        return self.pushed_out
+        self.pushed_out = True
+        self._release()
+        self.count(reason)
+        return True
+
+    def count(self, reason: str) -> None:
+        """Count that it was refused."""
+        self._admission.metrics.refused.labels(reason).inc()
 
     def leave(self) -> None:
+        """The request is over, or lost what it had."""
         if self._timer is not None:
             self._timer.cancel()
+        self._release()
+
+    def _release(self) -> None:
         self._give()
-        if self._slow:
-            self._admission.slow -= 1
-        self._admission.held -= self._held
+        self._admission.speed_up(self)
+        self._admission.held -= self.held
+        self.held = 0
 
 
 _current_sender: ContextVar[Sender | None] = ContextVar("_current_sender", default=None)
 
 
+def admit(sender: Sender) -> None:
+    """From here on the current task's work in threads is this sender's."""
+    current_client.set(sender.client)
+    _current_sender.set(sender)
+
+
+def keep_whole() -> None:
+    """From here on the current request's work is in several jobs, and none of them is given to another."""
+    sender = _current_sender.get()
+    if sender is not None:
+        sender.whole_only = True
+
+
 def _pushed_out() -> Overloaded:
     return Overloaded(
-        "All places are taken, and others have fewer of them.",
-        hint="Try again, with fewer requests at once.",
+        "All room is taken, and others have less of it.",
+        hint="Try again, with fewer or smaller requests at once.",
         retry_after=1,
     )
 
@@ -378,6 +473,14 @@ async def in_thread(pool: Executor, receive: Receive, deadline: float, work: Cal
     sender = _current_sender.get()
     if sender is not None:
         sender.waits(job)
+    try:
+        return await _result(job, receive, deadline, sender)
+    except asyncio.CancelledError:
+        job.cancel()
+        raise
+
+
+async def _result(job: Future[T], receive: Receive, deadline: float, sender: Sender | None) -> T:
     done: asyncio.Future[T] = asyncio.wrap_future(job)
     await asyncio.wait({done}, timeout=min(UNWATCHED, max(0.0, deadline - asyncio.get_running_loop().time())))
     if done.done() and not done.cancelled():
@@ -393,12 +496,28 @@ async def in_thread(pool: Executor, receive: Receive, deadline: float, work: Cal
             return done.result()
         if not job.cancel():  # it is running: let it end, its thread is not free before that
             await asyncio.wait({done})
+        elif sender is not None:
+            sender.count("gone" if gone.done() else "deadline")
         if gone.done():
             raise ClientGone
         if job.cancelled():
             raise Overloaded("No thread became free in time.", hint="Try again.", retry_after=2)
         return done.result()
     finally:
+        gone.cancel()
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Do the work as long as the client is there; `receive` as for `in_thread`. Raises ClientGone."""
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
+    waited_for: set[asyncio.Future[Any]] = {working, gone}
+    try:
+        await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone
+    finally:
+        working.cancel()
         gone.cancel()
 
 

@@ -91,8 +91,10 @@ def _wrap(app: FastAPI, api: Api) -> None:
         )
 
     def route_of(path: str) -> str | None:
-        found = intake(path)
-        return found.route if found else None
+        if found := intake(path):
+            return found.route
+        patterns = ((getattr(route, "path_regex", None), getattr(route, "path", None)) for route in app.routes)
+        return next((template for regex, template in patterns if regex is not None and regex.match(path)), None)
 
     app.add_middleware(Envelope, metrics=api.metrics, route_of=route_of)
 

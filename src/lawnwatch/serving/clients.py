@@ -11,7 +11,8 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
-from ipaddress import IPv4Network, IPv6Network, ip_address
+from functools import lru_cache
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -132,7 +133,7 @@ HINT = "Send it as `Authorization: Bearer lw_…` or `X-API-Key: lw_…`; `lawnw
 
 
 class ClientMiddleware:
-    """Puts `client` into `scope["state"]`, a key's id or the client's address, and `key`: the id or None.
+    """Puts `client` into `scope["state"]`, a key's id or the client's host, and `key`: the id or None.
 
     Args:
         ring: the keys; None lets everybody in.
@@ -187,17 +188,18 @@ class ClientMiddleware:
         return key
 
     def _address(self, scope: Scope) -> str:
-        peer = scope["client"][0] if scope.get("client") else "unknown"
-        if not self._trusted or not self._is_trusted(peer):
-            return str(peer)
-        # From the right: what a trusted proxy wrote is true, what stands left of it was sent by anybody.
-        for hop in reversed(header(scope, b"x-forwarded-for").split(",")):
-            if not _is_address(hop.strip()):
-                break
-            peer = hop.strip()
-            if not self._is_trusted(peer):
-                break
-        return str(peer)
+        peer = str(scope["client"][0]) if scope.get("client") else "unknown"
+        if self._trusted and self._is_trusted(peer):
+            # All lines of that name are one list. From the right: what a trusted proxy wrote is true, what stands left
+            # of it was sent by anybody.
+            lines = [value.decode("latin-1") for name, value in scope["headers"] if name == b"x-forwarded-for"]
+            for hop in reversed(",".join(lines).split(",")):
+                if not _is_address(hop.strip()):
+                    break
+                peer = hop.strip()
+                if not self._is_trusted(peer):
+                    break
+        return _host_of(peer) if ":" in peer else peer
 
     def _is_trusted(self, address: str) -> bool:
         if not _is_address(address):
@@ -205,6 +207,15 @@ class ClientMiddleware:
         ip = ip_address(address)
         mapped = getattr(ip, "ipv4_mapped", None)  # how a socket of both families shows an IPv4 peer
         return any((mapped or ip) in network for network in self._trusted)
+
+
+@lru_cache(maxsize=4096)
+def _host_of(address: str) -> str:
+    """One name for all that a host of IPv6 may call itself: it has a network of /64 to choose from."""
+    ip = IPv6Address(address)
+    if ip.ipv4_mapped is not None:
+        return str(ip.ipv4_mapped)
+    return address if ip.is_link_local else str(IPv6Network((ip, 64), strict=False))
 
 
 def _is_address(text: str) -> bool:

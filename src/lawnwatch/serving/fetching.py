@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from starlette.types import Receive
+
 from lawnwatch.config import FetchSettings, Settings
-from lawnwatch.errors import BlockedSource, Overloaded
+from lawnwatch.errors import BlockedSource
+from lawnwatch.serving.admission import Admission, Sender, unless_gone
+from lawnwatch.serving.metrics import Metrics
 from lawnwatch.serving.problems import NotEnabled, SourceFailed
 
 if TYPE_CHECKING:
@@ -14,12 +18,15 @@ if TYPE_CHECKING:
 
 
 class PictureFetcher:
-    """Fetches at most `url_concurrency` pictures at once; one more is refused, for waiting would hold its client."""
+    """Fetches at most `url_concurrency` pictures at once; one more is refused, for waiting would hold its client.
 
-    def __init__(self, settings: Settings) -> None:
+    These places are shared as those of the threads are: a client that has most loses one to a client that has fewer.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
         serving = settings.serving
         self._on = bool(serving.url_hosts)
-        self._places = serving.url_concurrency
+        self._places = Admission(serving.url_concurrency, serving.url_concurrency, metrics=metrics)
         self._settings = FetchSettings(
             concurrency=serving.url_concurrency,
             per_host=serving.url_concurrency,
@@ -35,28 +42,37 @@ class PictureFetcher:
         )
         self._fetcher: Fetcher | None = None
 
-    async def fetch(self, url: str) -> bytes:
-        """The bytes at a URL.
+    async def fetch(self, url: str, client: str, receive: Receive) -> bytes:
+        """The bytes at a URL, for a client.
+
+        Args:
+            receive: the request's, whose body was read: what it returns next is the disconnect.
 
         Raises:
             NotEnabled: no host is allowed.
             BlockedSource: this URL, or one it redirects to, is not allowed.
             ImageTooLarge: more bytes than an upload may have.
             SourceFailed: the host did not give it.
-            Overloaded: as many are fetched already.
+            Overloaded: as many are fetched already, or another needed the place more.
+            ClientGone: the client went away.
         """
         if not self._on:
             raise NotEnabled(
                 "This server fetches no pictures by URL.",
                 hint="Send the picture itself to POST /predict, or set LAWNWATCH_SERVING__URL_HOSTS.",
             )
-        if self._places == 0:
-            raise Overloaded("As many pictures are being fetched as may be.", hint="Try again.", retry_after=1)
-        self._places -= 1
+        sender = Sender(self._places, client)
         try:
-            return await self._fetched(url)
+            sender.take()
+            async with asyncio.timeout(self._settings.total_timeout) as sender.clock:
+                picture = await unless_gone(receive, self._fetched(url))
+            sender.check()
+            return picture
+        except TimeoutError:
+            sender.check()
+            raise SourceFailed("The picture did not come in time.", hint="Try again later.") from None
         finally:
-            self._places += 1
+            sender.leave()
 
     async def _fetched(self, url: str) -> bytes:
         # Only now: a server that has this off does without the HTTP client's memory and start.
@@ -65,10 +81,7 @@ class PictureFetcher:
         if self._fetcher is None:
             self._fetcher = Fetcher(self._settings)
         try:
-            async with asyncio.timeout(self._settings.total_timeout):
-                return (await self._fetcher.fetch(url)).data
-        except TimeoutError:
-            raise SourceFailed("The picture did not come in time.", hint="Try again later.") from None
+            return (await self._fetcher.fetch(url)).data
         except FetchFailed as error:
             raise SourceFailed(f"The picture's host did not give it ({error.reason}).", hint="Check the URL.") from None
         except Refused as error:

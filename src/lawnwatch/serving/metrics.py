@@ -33,6 +33,7 @@ REFUSALS = (
     "memory",
     "media",
     "gone",
+    "deadline",
     "key",
 )
 

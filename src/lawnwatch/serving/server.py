@@ -1,4 +1,4 @@
-"""uvicorn, with what it lacks: a time limit for request heads, and an end that drains and exits with 0."""
+"""uvicorn, with what it lacks: limits for heads, readers and connections, and an end that drains and exits with 0."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import asyncio
 import ctypes
 import errno
 import gc
+import math
 import socket
 import threading
 import time
 from collections.abc import Callable
+from http import HTTPStatus
 from types import FrameType
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from lawnwatch import log
 from lawnwatch.config import Settings
 from lawnwatch.errors import SettingsError
+from lawnwatch.ids import random_bytes
 from lawnwatch.serving import problems
 from lawnwatch.serving.watcher import ModelWatcher
 from lawnwatch.store import open_store
@@ -29,45 +32,104 @@ HEAD_SECONDS = 10.0  # from a connection, or a request's first byte, to the end 
 LINGER_SECONDS = 3.0  # an answered request may go on sending for so long before the connection is cut
 KEEP_ALIVE_SECONDS = 30
 MAX_HEAD_BYTES = 65_536
+MAX_CONNECTIONS = 2_048
+UNREAD_SECONDS = 10.0  # in which a client takes all that waits for it, or
+UNREAD_BYTES = 500_000  # so much of it
+# From the end of draining to that of the process are 30 s: these for what is under way, 1 for it to notice that it was
+# cut, 5 for the watcher, 11 for the records, 1 to spare. The chart kills 5 s later.
+FINISH_SECONDS = 12.0
 # glibc's mallopt: one heap for all threads, and what is larger than a small photo goes back to the system at once.
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
 LARGE_BYTES = 1 << 20
 TRIM_SECONDS = 1.0
 
 
+class HeadTooLarge(Exception):
+    """Ends the parsing of a request whose head was refused."""
+
+
 class TimedProtocol(HttpToolsProtocol):
-    """Closes connections that never finish a request's head, or that keep sending after the answer."""
+    """Cuts who never finishes a head, goes on sending after the answer, or does not read it; bounds heads and number.
+
+    What runs for every request is a comparison or two: who does not read is looked for from outside, once a second.
+    """
 
     _clock: asyncio.TimerHandle | None = None
     _in_message = False
-    _head_bytes = 0
     _in_head = True
+    _received = 0  # bytes that came last
+    _head_bytes = 0  # of a head that those have not ended
+    _running: RequestResponseCycle | None = None
+    _unread: tuple[float, int] | None = None  # when that many bytes waited for the client
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._arm(HEAD_SECONDS)
+        if len(self.connections) > MAX_CONNECTIONS:
+            self._make_way()
+
+    def _make_way(self) -> None:
+        """One connection too many: one on which nothing is asked ends, or else this one."""
+        for each in self.connections:
+            if isinstance(each, TimedProtocol) and each is not self and each.is_idle:
+                each.transport.close()
+                return
+        self._refuse(
+            503, "overloaded", "Too many connections are open.", "Try again in a moment.", b"retry-after: 1\r\n"
+        )
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is asked and nothing waits to be sent."""
+        answered = self.cycle is None or self.cycle.response_complete
+        return answered and not self.transport.is_closing() and not self.transport.get_write_buffer_size()
+
+    def cut_if_unread(self, now: float) -> None:
+        """Called once a second: cut who leaves its answer where it is, also when the connection is being closed."""
+        waiting = self.transport.get_write_buffer_size()
+        if not waiting:
+            self._unread = None
+        elif self._unread is None or waiting > self._unread[1]:
+            self._unread = now, waiting
+        elif now - self._unread[0] >= UNREAD_SECONDS:
+            if self._unread[1] - waiting < UNREAD_BYTES:
+                self.transport.abort()
+            self._unread = now, waiting
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
+        # uvicorn tells the request that was read last; with others behind it, that is not the one under way.
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._in_head:
-            self._head_bytes += len(data)
-            # A head of endless headers; the first piece of a body may be in the same bytes, hence the room.
-            if self._head_bytes > MAX_HEAD_BYTES + 262_144:
-                self.transport.abort()
-                return
+        self._received = len(data)
         super().data_received(data)
+        if self._in_head and not self.transport.is_closing():
+            # The bytes in which a head begins may hold a body's end too and do not count; those after them are head.
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._refuse_head()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_message = self._in_head = True
-        self._head_bytes = 0
+        self._head_bytes = -self._received
         self._arm(HEAD_SECONDS)
 
     def on_headers_complete(self) -> None:
         self._disarm()
+        if self._received > MAX_HEAD_BYTES or self._head_bytes >= 0:  # else it came in one small piece
+            size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+            if size > MAX_HEAD_BYTES:
+                self._refuse_head()
+                raise HeadTooLarge
         self._in_head = False
         super().on_headers_complete()
 
@@ -83,10 +145,21 @@ class TimedProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """What is not HTTP is told so in the same form as every other error."""
-        body = bytes(problems.problem(400, "bad_request", "This is not a valid HTTP request.").body)
+        self._refuse(400, "bad_request", "This is not a valid HTTP request.")
+
+    def _refuse_head(self) -> None:
+        what = f"The head of the request has more than {MAX_HEAD_BYTES} bytes."
+        self._refuse(431, "head_too_large", what, "Send fewer or shorter headers.")
+
+    def _refuse(self, status: int, code: str, detail: str, hint: str = "", headers: bytes = b"") -> None:
+        """Answer before there is a request, and end the connection."""
+        if self.transport.is_closing():
+            return
+        body = bytes(problems.problem(status, code, detail, hint).body)
         self.transport.write(
-            b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/problem+json\r\n"
-            b"connection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+            b"HTTP/1.1 %d %b\r\ncontent-type: application/problem+json\r\nx-request-id: %b\r\n%b"
+            b"connection: close\r\ncontent-length: %d\r\n\r\n%b"
+            % (status, HTTPStatus(status).phrase.encode(), random_bytes(16).hex().encode(), headers, len(body), body)
         )
         self.transport.close()
 
@@ -105,11 +178,19 @@ class TimedProtocol(HttpToolsProtocol):
 
 
 class Server(uvicorn.Server):
-    """Ends in steps: not ready but answering; `drain_seconds` later no new connections; what is under way; exit 0."""
+    """Ends in steps: not ready but answering; `drain_seconds` later no new connections; what is under way; exit 0.
 
-    def __init__(self, config: uvicorn.Config, *, drain_seconds: float, on_drain: Callable[[], None]) -> None:
+    Args:
+        finish_seconds: for what is under way; then all connections are cut, so that nobody keeps the records from
+            being written.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, *, drain_seconds: float, finish_seconds: float, on_drain: Callable[[], None]
+    ) -> None:
         super().__init__(config)
         self._drain_seconds = drain_seconds
+        self._finish_seconds = finish_seconds
         self._on_drain = on_drain
         self._ends_at: float | None = None
 
@@ -133,9 +214,24 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called every 0.1 s; True ends the main loop."""
+        if counter % 10 == 0:
+            now = time.monotonic()
+            for each in list(self.server_state.connections):
+                if isinstance(each, TimedProtocol):
+                    each.cut_if_unread(now)
         if self._ends_at is not None and time.monotonic() >= self._ends_at:
             self.should_exit = True
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let what is under way finish, in bounds, then end the application."""
+        asyncio.get_running_loop().call_later(self._finish_seconds, self._cut_all)
+        await super().shutdown(sockets)
+
+    def _cut_all(self) -> None:
+        """Requests whose client is gone end by themselves, where those that are cancelled leave a traceback."""
+        for each in list(self.server_state.connections):
+            each.transport.abort()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -159,8 +255,12 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
-def config(app: Any, *, graceful_seconds: float) -> uvicorn.Config:
-    """uvicorn's settings for this API."""
+def config(app: Any, *, finish_seconds: float) -> uvicorn.Config:
+    """uvicorn's settings for this API.
+
+    Args:
+        finish_seconds: when `Server` cuts the connections; uvicorn cancels what is still there a second later.
+    """
     return uvicorn.Config(
         app,
         http=TimedProtocol,
@@ -174,7 +274,7 @@ def config(app: Any, *, graceful_seconds: float) -> uvicorn.Config:
         proxy_headers=False,
         backlog=2048,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=max(1, round(graceful_seconds)),
+        timeout_graceful_shutdown=math.ceil(finish_seconds) + 1,
     )
 
 
@@ -193,9 +293,11 @@ def run(settings: Settings) -> None:
 
     app = create_app(settings, watcher)
     logger.info("serving", address=f"http://{serving.host}:{sock.getsockname()[1]}")
+    finish = min(serving.request_timeout, FINISH_SECONDS)
     Server(
-        config(app, graceful_seconds=serving.request_timeout),
+        config(app, finish_seconds=finish),
         drain_seconds=serving.drain_seconds,
+        finish_seconds=finish,
         on_drain=app.state.api.drain,
     ).run([sock])
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import math
+import reprlib
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,11 @@ PIXELS, PICTURES = "image", "file"  # the two inputs, of which a request has one
 MAX_ID = 256
 OUTPUTS = ("label", "confidence", "probabilities", "unknown_score", "embedding")
 DEFAULT_OUTPUTS = OUTPUTS[:-1]
+NUMBER_BYTES = 6  # of a pixel's value in JSON: three digits, a comma, a blank, its share of brackets
+JSON_ROOM = 65_536  # bytes of JSON around a tensor's data
+MARKS_ROOM = 1_024  # commas, quotes and brackets of JSON around a tensor's data
+SHORT = reprlib.Repr()  # what was received is shown in a few dozen characters, however much it is
+SHORT.maxlevel, SHORT.maxdict, SHORT.maxlist = 2, 2, 4
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,7 @@ def read(body: bytes, head_length: str, *, size: int, most: int, most_json: int)
         head, raw = body[: int(head_length)], body[int(head_length) :]
     if len(head) > most_json:
         raise _wrong(f"the JSON has {len(head)} bytes; {most_json} are the most, send tensors raw")
+    _check_marks(head, size=size, most=most)
     try:
         document = pydantic_core.from_json(head, allow_inf_nan=False)
     except ValueError as error:
@@ -73,34 +82,54 @@ def read(body: bytes, head_length: str, *, size: int, most: int, most_json: int)
     identity = document.get("id", "")
     if not isinstance(identity, str) or len(identity) > MAX_ID:
         raise _wrong(f"`id` must be a string of at most {MAX_ID} characters")
-    return Inference(_pictures(tensor, raw, size=size, most=most), _wanted(document), identity)
+    pictures = _pictures(tensor, raw, size=size, most=most, json_bytes=len(head))
+    return Inference(pictures, _wanted(document), identity)
 
 
-def _pictures(tensor: Mapping[str, Any], raw: bytes, *, size: int, most: int) -> Sequence[bytes | NDArray[np.uint8]]:
+def _check_marks(head: bytes, *, size: int, most: int) -> None:
+    """Refuse JSON of more values than the largest tensor has, by counting what stands between them.
+
+    Parsed, `[],` takes twenty times its own bytes: that must not happen to find out that it is no tensor.
+    """
+    values = most * size * size * 3
+    lists = most * (size * size + size + 1)
+    most_of = {b",": values, b"[": lists, b"{": 0, b'"': 2 * most}
+    if any(head.count(mark) > count + MARKS_ROOM for mark, count in most_of.items()):
+        raise _wrong(f"the JSON holds more than {most} pictures of {size} × {size} × 3 numbers, or none of them")
+
+
+def _pictures(
+    tensor: Mapping[str, Any], raw: bytes, *, size: int, most: int, json_bytes: int
+) -> Sequence[bytes | NDArray[np.uint8]]:
     kinds = {PIXELS: ("UINT8", [size, size, 3]), PICTURES: ("BYTES", [])}
     name = tensor.get("name")
     if not isinstance(name, str) or name not in kinds:
-        raise _wrong(f"the input must be `{PIXELS}` or `{PICTURES}`; received {str(name)[:40]!r}")
+        raise _wrong(f"the input must be `{PIXELS}` or `{PICTURES}`; received {SHORT.repr(name)}")
     datatype, rest = kinds[name]
     if tensor.get("datatype") != datatype:
-        raise _wrong(f"`{name}` is {datatype}; received {str(tensor.get('datatype'))[:40]!r}")
+        raise _wrong(f"`{name}` is {datatype}; received {SHORT.repr(tensor.get('datatype'))}")
     shape = tensor.get("shape")
     if not isinstance(shape, list) or not all(type(side) is int for side in shape) or shape[1:] != rest:
-        raise _wrong(f"`{name}` has the shape {['n', *rest]}; received {str(shape)[:80]}")
+        raise _wrong(f"`{name}` has the shape {['n', *rest]}; received {SHORT.repr(shape)}")
     count: int = shape[0] if shape else 0
     if not 1 <= count <= most:
-        raise _wrong(f"a request holds 1 to {most} pictures; received {count}")
+        raise _wrong(f"a request holds 1 to {most} pictures; received {SHORT.repr(count)}")
     sent = _mapping(tensor.get("parameters", {}), "`parameters`").get("binary_data_size")
     if sent is not None:
         if type(sent) is not int or sent != len(raw):
-            raise _wrong(f"`binary_data_size` is {str(sent)[:20]}; {len(raw)} bytes follow the JSON")
+            raise _wrong(f"`binary_data_size` is {SHORT.repr(sent)}; {len(raw)} bytes follow the JSON")
         return _raw_pixels(raw, count, size) if name == PIXELS else _raw_pictures(raw, count)
     if raw:
         raise _wrong("bytes follow the JSON that no `binary_data_size` announces")
     data = tensor.get("data")
     if not isinstance(data, list):
         raise _wrong(f"`{name}` has no `data`")
-    return _json_pixels(data, count, size) if name == PIXELS else _json_pictures(data, count)
+    if name == PICTURES:
+        return _json_pictures(data, count)
+    numbers = count * size * size * 3
+    if json_bytes > numbers * NUMBER_BYTES + JSON_ROOM:
+        raise _wrong(f"the JSON has {json_bytes} bytes for {numbers} numbers; write it without blanks, or send it raw")
+    return _json_pixels(data, [count, size, size, 3])
 
 
 def _raw_pixels(raw: bytes, count: int, size: int) -> Sequence[NDArray[np.uint8]]:
@@ -123,16 +152,24 @@ def _raw_pictures(raw: bytes, count: int) -> Sequence[bytes]:
     return found
 
 
-def _json_pixels(data: list[Any], count: int, size: int) -> Sequence[NDArray[np.uint8]]:
+def _json_pixels(data: list[Any], shape: list[int]) -> Sequence[NDArray[np.uint8]]:
+    """Pixels that came flat, or nested as their shape.
+
+    numpy sees none of it before every value is known to be a number: from one long string among many short ones it
+    makes an array as wide as the long one.
+    """
+    total = math.prod(shape)
+    for length in shape[1:]:
+        if len(data) >= total or not all(type(row) is list and len(row) == length for row in data):
+            break
+        data = list(chain.from_iterable(data))
+    if len(data) != total or set(map(type, data)) != {int}:
+        raise _wrong(f"the data of `{PIXELS}` must be {' × '.join(map(str, shape))} whole numbers")
     try:
-        pixels = np.array(data)
-    except ValueError:  # rows of different lengths
-        pixels = np.empty(0)
-    if pixels.dtype.kind not in "iu" or pixels.size != count * size * size * 3:
-        raise _wrong(f"the data of `{PIXELS}` must be {count} × {size} × {size} × 3 whole numbers")
-    if pixels.min() < 0 or pixels.max() > 255:
-        raise _wrong(f"the data of `{PIXELS}` must lie between 0 and 255")
-    return list(pixels.astype(np.uint8).reshape(count, size, size, 3))
+        pixels = bytes(data)
+    except ValueError:
+        raise _wrong(f"the data of `{PIXELS}` must lie between 0 and 255") from None
+    return list(np.frombuffer(pixels, np.uint8).reshape(shape))
 
 
 def _json_pictures(data: list[Any], count: int) -> Sequence[bytes]:
@@ -155,7 +192,7 @@ def _wanted(document: Mapping[str, Any]) -> dict[str, bool]:
     for each in asked:
         output = _mapping(each, "an output")
         if output.get("name") not in OUTPUTS:
-            raise _wrong(f"the outputs are {', '.join(OUTPUTS)}; received {str(output.get('name'))[:40]!r}")
+            raise _wrong(f"the outputs are {', '.join(OUTPUTS)}; received {SHORT.repr(output.get('name'))}")
         said = _mapping(output.get("parameters", {}), "`parameters`").get("binary_data")
         wanted[output["name"]] = raw if said is None else said is True
     return wanted

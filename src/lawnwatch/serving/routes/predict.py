@@ -11,12 +11,13 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, Response
 
-from lawnwatch.errors import LawnwatchError
+from lawnwatch.errors import ImageTooLarge, LawnwatchError, NoModel
 from lawnwatch.serving import answers, openapi, problems, schemas, uploads
+from lawnwatch.serving.admission import Sender, admit, keep_whole
 from lawnwatch.serving.answers import Answered
 from lawnwatch.serving.api import Api, named
 from lawnwatch.serving.fetching import PictureFetcher
-from lawnwatch.serving.turns import current_client
+from lawnwatch.serving.problems import BodyTooLarge, BodyTooSlow, ClientGone, UnsupportedBody
 
 Explain = Annotated[
     bool,
@@ -28,7 +29,7 @@ Explain = Annotated[
 
 def add(app: FastAPI, api: Api) -> None:
     serving = api.settings.serving
-    fetcher = PictureFetcher(api.settings)
+    fetcher = PictureFetcher(api.settings, api.metrics)
 
     @app.post(
         "/predict",
@@ -78,6 +79,7 @@ def add(app: FastAPI, api: Api) -> None:
         pictures = uploads.pictures(content_type, state["body"], most=serving.max_batch_pictures)
         model = api.admissible()
         api.metrics.batch_pictures.observe(len(pictures))
+        keep_whole()
 
         async def one(picture: bytes) -> Answered:
             _check_size(picture, serving.max_upload_bytes)
@@ -112,26 +114,49 @@ def add(app: FastAPI, api: Api) -> None:
     )
     async def predict_url(request: Request, explain: Explain = False) -> Response:
         state = request.scope["state"]
-        current_client.set(state["client"])  # admission, which sets it elsewhere, does not see this body
         state["arrived"] = time.perf_counter()
         state["deadline"] = asyncio.get_running_loop().time() + serving.request_timeout
-        api.admissible()
-        source = await uploads.small_json(request, schemas.PictureUrl)
-        picture = await fetcher.fetch(source.url)
+        with _counted(api):  # admission, which counts them elsewhere, does not see this body
+            api.admissible()
+            source = await uploads.small_json(request, schemas.PictureUrl)
+            picture = await fetcher.fetch(source.url, state["client"], request.receive)
         fetch = {"fetch": time.perf_counter() - state["arrived"]}
-        with _place(api):
+        with _place(api, state["client"], picture):
             answered = await answers.of_picture(api, request, api.admissible(), picture, explain=explain)
         return _said(api, fetch, answered)
 
 
+REASONS: dict[type[Exception], str] = {
+    NoModel: "no_model",
+    UnsupportedBody: "media",
+    BodyTooLarge: "too_large",
+    ImageTooLarge: "too_large",
+    BodyTooSlow: "too_slow",
+    ClientGone: "gone",
+}
+
+
 @contextmanager
-def _place(api: Api) -> Iterator[None]:
-    """A place, as admission gives one to a body: taken only now, so that a slow host keeps none from others."""
-    api.admission.enter()
+def _counted(api: Api) -> Iterator[None]:
+    """Count by reason what ends a request before its picture is here; Overloaded is counted where it is raised."""
     try:
         yield
+    except tuple(REASONS) as error:
+        api.metrics.refused.labels(REASONS[type(error)]).inc()
+        raise
+
+
+@contextmanager
+def _place(api: Api, client: str, picture: bytes) -> Iterator[None]:
+    """Place and memory, as admission gives them to a body: only now, so that a slow host keeps none from others."""
+    sender = Sender(api.admission, client)
+    try:
+        sender.hold(len(picture))
+        sender.take()
+        admit(sender)
+        yield
     finally:
-        api.admission.leave()
+        sender.leave()
 
 
 def _said(api: Api, before: dict[str, float], answered: Answered) -> Response:
@@ -155,6 +180,4 @@ def _item(place: int, each: Answered | LawnwatchError) -> dict[str, Any]:
 
 def _check_size(picture: bytes, most: int) -> None:
     if len(picture) > most:
-        raise problems.BodyTooLarge(
-            f"The picture has {len(picture)} bytes; {most} are the most.", hint="Send a smaller file."
-        )
+        raise BodyTooLarge(f"The picture has {len(picture)} bytes; {most} are the most.", hint="Send a smaller file.")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from lawnwatch import __version__
 from lawnwatch.errors import ImageError, NotFound
 from lawnwatch.serving import answers, openapi, problems, schemas, tensors
+from lawnwatch.serving.admission import in_thread, keep_whole
 from lawnwatch.serving.answers import Answered
 from lawnwatch.serving.api import Api
 from lawnwatch.serving.intake import V2_HEADER_LENGTH
@@ -80,8 +81,9 @@ def add(app: FastAPI, api: Api) -> None:
 
 async def _infer(api: Api, request: Request, model: Predictor) -> Response:
     serving, state = api.settings.serving, request.scope["state"]
-    # A tensor in JSON is megabytes of digits: never read in the loop that everybody's requests go through.
-    wanted = await asyncio.to_thread(
+    # A tensor in JSON is megabytes of digits: a thread of the fair pool reads it, on its client's account. Its parser
+    # keeps the interpreter to itself meanwhile, the loop too: so what it may be given is bounded first.
+    read = partial(
         tensors.read,
         state["body"],
         request.headers.get(V2_HEADER_LENGTH, ""),
@@ -89,6 +91,7 @@ async def _infer(api: Api, request: Request, model: Predictor) -> Response:
         most=serving.max_batch_pictures,
         most_json=serving.max_upload_bytes,
     )
+    wanted = await in_thread(api.pool, request.receive, state["deadline"], read)
 
     async def one(each: tuple[int, bytes | NDArray[np.uint8]]) -> Answered:
         place, picture = each
@@ -103,6 +106,8 @@ async def _infer(api: Api, request: Request, model: Predictor) -> Response:
         except ImageError as error:
             raise type(error)(f"Picture {place}: {error.message}", hint=error.hint) from None
 
+    if len(wanted.pictures) > 1:
+        keep_whole()
     found = await answers.of_each(api, list(enumerate(wanted.pictures)), one, together=True)
     rows = [each for each in found if isinstance(each, Answered)]
     head: dict[str, Any] = {"model_name": model.manifest.model_name, "model_version": str(model.version)}

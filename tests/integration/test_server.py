@@ -1,0 +1,196 @@
+"""What the server does to connections, before there is a request and after its answer: real sockets, an app of its own.
+
+Numbers in names are the rows of the fault catalogue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from starlette.types import Receive, Scope, Send
+
+from lawnwatch.serving import server
+from lawnwatch.serving.server import Server, config, listen
+
+pytestmark = pytest.mark.integration
+
+BIG = 30_000_000
+
+
+async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    """/big is more than the sockets' buffers hold; /wait never answers."""
+    if scope["type"] == "lifespan":
+        while True:
+            kind = (await receive())["type"]
+            await send({"type": f"{kind}.complete"})
+            if kind == "lifespan.shutdown":
+                return
+    if scope["path"] == "/wait":
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        return
+    body = bytes(BIG) if scope["path"] == "/big" else b"hello"
+    await send(
+        {"type": "http.response.start", "status": 200, "headers": [(b"content-length", str(len(body)).encode())]}
+    )
+    await send({"type": "http.response.body", "body": body})
+
+
+@contextlib.asynccontextmanager
+async def serving(finish_seconds: float = 5.0) -> AsyncIterator[tuple[Server, int]]:
+    """A running server and its port."""
+    sock = listen("127.0.0.1", 0)
+    running = Server(
+        config(app, finish_seconds=finish_seconds),
+        drain_seconds=0,
+        finish_seconds=finish_seconds,
+        on_drain=lambda: None,
+    )
+    port = int(sock.getsockname()[1])
+    task = asyncio.create_task(running._serve([sock]))
+    while not running.started:
+        await asyncio.sleep(0.01)
+    try:
+        yield running, port
+    finally:
+        running.should_exit = True
+        await asyncio.wait_for(task, finish_seconds + 5)
+
+
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def connected(port: int, sent: bytes = b"") -> Connection:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(sent)
+    await writer.drain()
+    return reader, writer
+
+
+def get(path: str, *headers: str) -> bytes:
+    return "\r\n".join([f"GET {path} HTTP/1.1", "Host: x", *headers, "", ""]).encode()
+
+
+async def answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], Any]:
+    """Status, headers and body of one answer."""
+    head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).decode().split("\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
+    return int(head[0].split()[1]), headers, await reader.readexactly(int(headers["content-length"]))
+
+
+async def until(condition: Any, seconds: float = 10) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("headers", [(), ("Connection: close",)], ids=["kept alive", "closing"])
+async def test_10_an_answer_that_nobody_reads_is_not_kept(headers: tuple[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "UNREAD_SECONDS", 1.0)
+    async with serving() as (running, port):
+        reader, writer = await connected(port, get("/big", *headers))
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await until(lambda: running.server_state.connections)
+        await until(lambda: not running.server_state.connections)
+        writer.transport.resume_reading()  # type: ignore[attr-defined]
+        with contextlib.suppress(ConnectionError):
+            assert len(await reader.read(-1)) < BIG
+        writer.close()
+
+
+async def test_10_who_reads_slowly_but_reads_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "UNREAD_SECONDS", 1.0)
+    async with serving() as (_, port):
+        reader, writer = await connected(port, get("/big"))
+        received = 0
+        while piece := await reader.read(120_000):  # in some 5 s
+            received += len(piece)
+            if received > BIG:
+                break
+            await asyncio.sleep(0.02)
+        writer.close()
+    assert received > BIG
+
+
+async def test_10_a_head_is_as_large_as_is_allowed_and_no_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "HEAD_SECONDS", 3.0)
+    async with serving() as (_, port):
+        for pieces in (1, 3):  # in one read of the server, and in several
+
+            async def said(filler: int, end: bytes, pieces: int = pieces) -> tuple[int, dict[str, str], Any]:
+                head = b"GET / HTTP/1.1\r\nHost: x\r\nX-Filler: " + b"a" * filler + end
+                reader, writer = await connected(port)
+                for at in range(pieces):
+                    writer.write(head[at * len(head) // pieces : (at + 1) * len(head) // pieces])
+                    await writer.drain()
+                    await asyncio.sleep(0.1)
+                try:
+                    return await answer(reader)
+                finally:
+                    writer.close()
+
+            assert (await said(65_000, b"\r\n\r\n"))[0] == 200
+            status, headers, body = await said(66_000, b"\r\n\r\n")
+            assert status == 431 and json.loads(body)["code"] == "head_too_large" and headers["x-request-id"]
+        status, headers, _ = await said(110_000, b"")  # it has no end
+        assert status == 431 and headers["connection"] == "close"
+
+
+async def test_13_requests_in_a_row_end_with_their_client(caplog: pytest.LogCaptureFixture) -> None:
+    """One under way, and one that cannot be sent, each with others behind it."""
+    async with serving() as (running, port):
+        writers = [(await connected(port, get(path) * 5))[1] for path in ("/wait", "/big")]
+        for writer in writers:
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await until(lambda: len(running.server_state.tasks) == 2)
+        for writer in writers:
+            writer.transport.abort()
+        await until(lambda: not running.server_state.tasks, 3)
+    assert not caplog.text
+
+
+async def test_what_is_not_http_is_told_so_with_an_id() -> None:
+    async with serving() as (_, port):
+        reader, writer = await connected(port, b"nonsense\r\n\r\n")
+        status, headers, body = await answer(reader)
+        assert status == 400 and json.loads(body)["code"] == "bad_request"
+        assert len(headers["x-request-id"]) == 32 and headers["content-type"] == "application/problem+json"
+        writer.close()
+
+
+async def test_10_one_connection_too_many_takes_the_place_of_an_idle_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 6)
+    async with serving() as (running, port):
+        busy = [await connected(port, get("/wait")) for _ in range(3)]
+        idle = [await connected(port) for _ in range(10)]
+        await until(lambda: len(running.server_state.connections) == 6)
+        reader, writer = await connected(port, get("/"))
+        assert (await answer(reader))[0] == 200
+        busy += [await connected(port, get("/wait")) for _ in range(3)]
+        await until(lambda: len(running.server_state.tasks) == 6)
+        late, _ = await connected(port)
+        status, headers, body = await answer(late)
+        assert status == 503 and headers["retry-after"] == "1" and json.loads(body)["code"] == "overloaded"
+        assert len(running.server_state.tasks) == 6, "nobody lost a request"
+        for _, each in [*busy, *idle, (reader, writer)]:
+            each.close()
+
+
+async def test_44_nobody_who_stays_keeps_the_server_from_ending(caplog: pytest.LogCaptureFixture) -> None:
+    begun = asyncio.get_running_loop().time()
+    async with serving(finish_seconds=1.0) as (running, port):
+        stuck = [await connected(port, get(path)) for path in ("/wait", "/big", "/big")]
+        stuck.append(await connected(port, get("/big", "Connection: close")))
+        stuck.append(await connected(port, b"POST / HT"))
+        for _, writer in stuck:
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await until(lambda: len(running.server_state.connections) == 5)
+    assert asyncio.get_running_loop().time() - begun < 5
+    assert "Exception" not in caplog.text and "Cancel" not in caplog.text
+    for _, writer in stuck:
+        writer.close()
