@@ -10,7 +10,6 @@ import http.server
 import json
 import threading
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,13 @@ import pytest
 import yaml
 from pydantic import SecretStr
 
-from lawnwatch import bundle, rollout
+from lawnwatch import rollout
 from lawnwatch.catalog import Catalog
 from lawnwatch.config import RolloutSettings, Settings
 from lawnwatch.errors import NotFound, RolloutFailed, SettingsError, Unavailable
-from lawnwatch.rollout import ReleaseTarget
 from lawnwatch.rollout import kubernetes as place
 from lawnwatch.store import open_store
+from rollout_bundles import publish
 
 pytestmark = pytest.mark.unit
 
@@ -184,26 +183,7 @@ class Installation:
         self.settings = settings.model_copy(update={"api_url": url(farm.api), "rollout": on_cluster})
         self.catalog, self.store = Catalog(settings), open_store(settings)
         self.catalog.migrate()
-        self.v1, self.v2, self.v3 = (self._publish(version) for version in (1, 2, 3))
-
-    def _publish(self, version: int) -> ReleaseTarget:
-        meta = bundle.BundleMeta(
-            model_name="lawnwatch",
-            model_version=version,
-            classes=["a", "b"],
-            preprocessing={},
-            temperature=1.0,
-            inputs={},
-            outputs={"logits": bundle.TensorSpec(shape=[1, 2], dtype="float32")},
-            golden=[bundle.GoldenAnswer(file="golden/0.jpg", label="a", probabilities={"a": 1.0, "b": 0.0})],
-            evaluation={},
-            lineage=bundle.Lineage(
-                snapshot="", run_id="", git_commit="", weights="none", samples=False, candidate="",
-                created_at=datetime(2026, 1, 1, tzinfo=UTC),
-            ),
-        )  # fmt: skip
-        made = bundle.write(self.store, {"model.tflite": b"graph", "golden/0.jpg": b"picture"}, meta)
-        return ReleaseTarget.single(version, made.sha256)
+        self.v1, self.v2, self.v3 = (publish(self.store, version) for version in (1, 2, 3))
 
     def rollout(self) -> rollout.RolloutTarget:
         return rollout.target(self.settings, self.catalog, self.store)
