@@ -99,10 +99,10 @@ class Admission:
         self.metrics.refused.labels(reason).inc()
         return error
 
-    def enter(self, sender: Sender | None = None) -> None:
+    def enter(self, sender: Sender) -> None:
         """Take a place. Raises Overloaded when there is none."""
         limit = self.limit
-        if self.taken >= limit and not (sender is not None and self._push_out(sender.client)):
+        if self.taken >= limit and not self._push_out(sender.client):
             wait = max(1, min(30, math.ceil(self.taken * self.service_seconds / self.threads)))
             raise self.refuse(
                 "queue_full",
@@ -113,17 +113,15 @@ class Admission:
                 ),
             )
         self.taken += 1
-        if sender is not None:
-            self._holders.setdefault(sender.client, {})[sender] = None
+        self._holders.setdefault(sender.client, {})[sender] = None
 
-    def leave(self, sender: Sender | None = None) -> None:
+    def leave(self, sender: Sender) -> None:
         """Give a place back."""
         self.taken -= 1
-        if sender is not None:
-            mine = self._holders[sender.client]
-            del mine[sender]
-            if not mine:
-                del self._holders[sender.client]
+        mine = self._holders[sender.client]
+        del mine[sender]
+        if not mine:
+            del self._holders[sender.client]
 
     def _push_out(self, newcomer: str) -> bool:
         """Take the newest place that has not begun from who has most; False when that is no more than the newcomer."""
