@@ -147,8 +147,8 @@ class Admission:
         if (over := self.held + count - BODY_MEMORY) > 0:
             everybody = [*self._slow, *chain.from_iterable(self._holders.values())]
             fits = self._make_room(everybody, sender, count, over)
-        if sender in self._slow:
-            fits = fits and self._make_room_among_the_slow(sender, count)
+        if fits and sender in self._slow:
+            fits = self._make_room_among_the_slow(sender, count)
         if not fits:
             raise self.refuse("memory", Overloaded("Too many large bodies at once.", hint="Try again.", retry_after=2))
         sender.held += count
