@@ -41,9 +41,11 @@ def judged(road: Road, run_id: str = "") -> registry.Verdict:
 
 
 def test_the_test_split_is_measured_on_the_served_graph(road: Road, weights: str) -> None:
+    road.settings = road.settings.model_copy(update={"public_url": "https://lawn.example.org/"})
     verdict = judged(road)
     found = verdict.evaluation
     assert verdict.decision == "promote", verdict.reason
+    assert verdict.report_url == f"https://lawn.example.org/reports/evaluation/{road.result.run_id}"
     assert found["images"] == len(road.snapshot.split("test"))
     assert np.array(found["confusion"]["matrix"]).sum() == found["images"]
     if weights != "none" and not road.snapshot.samples and len(road.snapshot.rows) >= 390:
@@ -60,12 +62,11 @@ def test_the_test_split_is_measured_on_the_served_graph(road: Road, weights: str
 
 def test_the_verdict_and_the_report_are_on_the_run_and_in_the_store(champion: Road) -> None:
     run_id = champion.result.run_id
-    champion.settings = champion.settings.model_copy(update={"public_url": "https://lawn.example.org/"})
     verdict = judged(champion)
     page = champion.store.get(evaluate.report_key(run_id))
     kept = registry.artifacts(champion.settings, run_id, "evaluation") / "report.html"
     assert kept.read_bytes() == page
-    assert verdict.report_url == f"https://lawn.example.org/reports/evaluation/{run_id}"
+    assert verdict.report_url.endswith(f"/reports/evaluation/{run_id}")
     assert len(page) < 3_000_000
     text = page.decode()
     assert verdict.reason in text and "what speaks for" in text  # the class activation maps are there
