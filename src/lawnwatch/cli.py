@@ -738,6 +738,7 @@ def serve_command(
 def exporter_command() -> None:
     """Export facts of the pipelines as Prometheus metrics until a signal ends it."""
     from lawnwatch import exporter
+    from lawnwatch.catalog import Catalog
 
     settings = get_settings()
     exporter.serve(settings, Catalog(settings))  # not migrated here: it watches, and must start before the database
