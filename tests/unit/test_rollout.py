@@ -14,12 +14,13 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import update
 
-from lawnwatch import bundle, rollout
+from lawnwatch import rollout
 from lawnwatch.catalog import Catalog
 from lawnwatch.config import Settings
 from lawnwatch.errors import Conflict, InputError, IntegrityError, NotFound, RolloutFailed
 from lawnwatch.rollout import TARGET_KEY, LocalRollout, ReleaseTarget, RolloutRow, read_target
 from lawnwatch.store import ObjectStore, open_store
+from rollout_bundles import publish
 
 pytestmark = pytest.mark.unit
 
@@ -74,27 +75,6 @@ class Follower:
             "golden": {"ok": True, "max_error": 0.0} if self.current else None,
             "rejected": rejected,
         }
-
-
-def publish(store: ObjectStore, version: int) -> ReleaseTarget:
-    """A bundle that is whole but whose graph nobody runs here."""
-    meta = bundle.BundleMeta(
-        model_name="lawnwatch",
-        model_version=version,
-        classes=["a", "b"],
-        preprocessing={},
-        temperature=1.0,
-        inputs={},
-        outputs={"logits": bundle.TensorSpec(shape=[1, 2], dtype="float32")},
-        golden=[bundle.GoldenAnswer(file="golden/0.jpg", label="a", probabilities={"a": 1.0, "b": 0.0})],
-        evaluation={},
-        lineage=bundle.Lineage(
-            snapshot="", run_id="", git_commit="", weights="none", samples=False, candidate="",
-            created_at=datetime(2026, 1, 1, tzinfo=UTC),
-        ),
-    )  # fmt: skip
-    made = bundle.write(store, {"model.tflite": b"graph", "golden/0.jpg": b"picture"}, meta)
-    return ReleaseTarget.single(version, made.sha256)
 
 
 class World:
