@@ -309,8 +309,14 @@ def latency(bench: Bench) -> None:
 
 
 def overload(bench: Bench) -> None:
-    """256 connections, of clients that heed Retry-After and of clients that do not, and how long recovery takes."""
-    crowd = ("--connections", "256", "--timeout", "30")
+    """256 connections, which all have a place, and 384, which have not; of clients that heed Retry-After and of clients
+    that do not; and how long recovery takes.
+    """
+    crowds = {
+        f"{count} {manner}": ("--connections", count, "--timeout", "30", *options)
+        for count in ("256", "384")
+        for manner, options in (("polite", ["--polite"]), ("rude", []))
+    }
     for variant in ("served", "float32"):
         server = bench.ours(f"overload-{variant}", variant)
         server.start(bench.picture)
@@ -324,15 +330,17 @@ def overload(bench: Bench) -> None:
 
         measures: dict[str, Callable[[], dict[str, Any]]] = {
             "peak": lambda s=server: s.load(bench.photos, bench.given.seconds),  # type: ignore[misc]
-            "polite": lambda s=server: s.load(bench.photos, bench.given.seconds, *crowd, "--polite"),  # type: ignore[misc]
-            "rude": lambda s=server: s.load(bench.photos, bench.given.seconds, *crowd),  # type: ignore[misc]
+            **{
+                name: lambda s=server, o=options: s.load(bench.photos, bench.given.seconds, *o)  # type: ignore[misc]
+                for name, options in crowds.items()
+            },
             "after": recovery,
         }
         try:
             found = bench.turns(measures)
         finally:
             server.stop()
-        for kind in ("polite", "rude"):
+        for kind in crowds:
             each = found[kind]
             print(
                 f"{variant} {kind}: goodput / peak {ratio(each, found['peak']):.2f}, answered p99 "
