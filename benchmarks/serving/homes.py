@@ -11,6 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
+import numpy as np
+
 from lawnwatch import bundle, images
 from lawnwatch.config import Settings
 from lawnwatch.rollout import TARGET_KEY, ReleaseTarget
@@ -43,11 +45,31 @@ def make(source: Path, home: Path, variant: str = "") -> bundle.Bundle:
         }
         meta["served"] = variant
         graph = bundle.Graph(files[bundle.MODEL], classes=len(manifest.classes))
+        meta["inputs"], meta["outputs"] = _described(graph, manifest)
         meta["golden"] = [_answered(graph, manifest, answer, files[answer.file]) for answer in manifest.golden]
     store = open_store(settings)
     published = bundle.write(store, files, bundle.BundleMeta(**meta))
     store.put(TARGET_KEY, ReleaseTarget.single(manifest.model_version, published.sha256).to_bytes())
     return published
+
+
+def _described(
+    graph: bundle.Graph, manifest: bundle.Manifest
+) -> tuple[dict[str, bundle.TensorSpec], dict[str, bundle.TensorSpec]]:
+    """The manifest's tensors with this graph's sizes: a variant may look at larger pictures."""
+    shapes = {"image": [1, graph.size, graph.size, 3]}
+    cam = graph(np.zeros((graph.size, graph.size, 3), np.uint8)).cam
+    if cam is not None:
+        shapes["cam"] = [1, *cam.shape]
+
+    def resized(specs: dict[str, bundle.TensorSpec]) -> dict[str, bundle.TensorSpec]:
+        return {
+            name: spec.model_copy(update={"shape": shapes.get(name, spec.shape)})
+            for name, spec in specs.items()
+            if name != "cam" or cam is not None
+        }
+
+    return resized(manifest.inputs), resized(manifest.outputs)
 
 
 def _answered(

@@ -185,6 +185,8 @@ def test_32_told_to_stop_records_what_is_done_and_gives_the_rest_back(
     settings = prepared(tmp_path / "home", web)
     work = (
         f"first = at(8, store.put, lambda: (os.kill(os.getpid(), {int(number)}), time.sleep(30)))\n"
+        # A shell starts what it puts into the background with SIGINT ignored, this test run included.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from lawnwatch import cli, log, store as stores\n"
         "stores.LocalStore.put = lambda self, *args, **kwargs: first(*args, **kwargs)\n"
         "os.environ['LAWNWATCH_HOME'] = str(settings.home)\n"

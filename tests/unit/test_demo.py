@@ -160,7 +160,7 @@ def test_stop_finds_what_even_the_watchdog_left(supervisor, tmp_path, monkeypatc
     supervisor.wait()
     monkeypatch.setattr(supervise, "GRACE_SECONDS", 1.0)
     monkeypatch.setenv("LAWNWATCH_HOME", str(tmp_path))
-    assert len(started(tmp_path)) >= 4
+    assert len(started(tmp_path)) >= 3  # the fourth is a `sleep 0.1`, which comes and goes
     assert demo.stop() == 0
     assert "left behind" in capsys.readouterr().out
     assert started(tmp_path) == set()
