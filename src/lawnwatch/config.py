@@ -167,7 +167,7 @@ class ServingSettings(BaseModel):
     threads: int = Field(2, ge=1, description="Inferences under way at once; each holds one thread.")
     queue: int = Field(256, ge=0, description="Requests that may wait for a thread; more are refused with 503.")
     max_wait: float = Field(
-        2.0,
+        4.0,
         gt=0,
         description="Seconds that a request may wait for a thread; `queue` shrinks to that at the measured speed.",
     )

@@ -5,8 +5,9 @@ declared length allowed, is there a place? While its body arrives: bytes, time a
 together are bounded. Then it waits for a thread.
 
 There are as many places as requests can be answered within `max_wait` seconds at the measured speed, and never more
-than `places`; one more is refused at once with 503 and Retry-After. A refused client comes back no sooner than in a
-second, so a wait of about that long serves it better than a refusal, and a longer one does not.
+than `places`; one more is refused at once with 503 and Retry-After. A wait of seconds serves a client better than a
+refusal: those that come back at once burn the processor that would have answered them, which makes the measured speed
+less, and so the places.
 
 When all places are taken, a client that has fewer of them than another by two gets in all the same: the one with most
 loses its newest (McKenney, "Stochastic fairness queueing", 1990). So one flood costs others nothing, and with
@@ -75,7 +76,7 @@ class Admission:
 
     threads: int
     places: int
-    max_wait: float = 2.0
+    max_wait: float = 4.0
     taken: int = 0
     held: int = 0
     service_seconds: float = 0.02
