@@ -123,7 +123,7 @@ class PredictionWriter:
         self._insert = insert
         self._open_store = open_store
         self._store: ObjectStore | None = None
-        self._upload: _Upload | None = None
+        self._hung: _Upload | None = None
         self._store_rests_until = 0.0
         self._queue: queue.Queue[tuple[Prediction, bytes | None, str]] = queue.Queue(capacity)
         self._closing = threading.Event()
@@ -209,14 +209,15 @@ class PredictionWriter:
 
     def _kept(self, pictures: Mapping[str, tuple[bytes, str]]) -> set[str]:
         """Put pictures into the store; the keys of those that were put in time."""
-        if time.monotonic() < self._store_rests_until or (self._upload is not None and self._upload.is_alive()):
+        if time.monotonic() < self._store_rests_until or (self._hung is not None and self._hung.is_alive()):
             return set()
-        self._upload = upload = _Upload(self._opened_store, pictures)
+        upload = _Upload(self._opened_store, pictures)
         upload.start()
         patience = time.monotonic() + STORE_PATIENCE
         while upload.is_alive() and time.monotonic() < min(patience, self._pictures_deadline):
             upload.join(0.05)  # looks again, because `close` brings the deadline forward
         kept = upload.give_up()
+        self._hung = upload if upload.is_alive() else None  # one that is over would keep its pictures in memory
         if upload.failed:
             self._store_rests_until = time.monotonic() + STORE_PAUSE
         if len(kept) < len(pictures):

@@ -32,7 +32,7 @@ def test_the_queue_is_as_long_as_the_measured_speed_allows() -> None:
 
 
 async def test_12_a_newcomer_takes_the_newest_place_of_who_has_most() -> None:
-    admission = Admission(threads=1, places=4)
+    admission = Admission(threads=1, places=4, max_wait=4.0)
     flood = [Sender(admission, "flood") for _ in range(4)]
     for sender in flood:
         sender.enter()
@@ -55,7 +55,7 @@ async def test_12_a_newcomer_takes_the_newest_place_of_who_has_most() -> None:
 
 
 async def test_12_a_body_on_its_way_can_be_pushed_out() -> None:
-    admission = Admission(threads=1, places=2)
+    admission = Admission(threads=1, places=2, max_wait=4.0)
     first, second, guest = Sender(admission, "flood"), Sender(admission, "flood"), Sender(admission, "guest")
     first.enter()
     second.enter()
@@ -94,7 +94,7 @@ async def ended(senders: list[Sender]) -> None:
 
 
 async def test_10_who_holds_most_memory_loses_its_newest_body_to_one_who_holds_less() -> None:
-    admission = Admission(threads=1, places=100)
+    admission = Admission(threads=1, places=100, max_wait=4.0)
     flood = await bodies(admission, "flood", 12, size=20_000_000)
     guest = Sender(admission, "guest")
     guest.enter()
@@ -115,7 +115,7 @@ async def test_10_who_holds_most_memory_loses_its_newest_body_to_one_who_holds_l
 
 
 async def test_10_slow_senders_share_half_of_the_memory() -> None:
-    admission = Admission(threads=1, places=100)
+    admission = Admission(threads=1, places=100, max_wait=4.0)
     flood = await bodies(admission, "flood", 6, size=20_000_000, slow=True)
     assert admission.slow == 6 and admission.taken == 0
     with pytest.raises(Overloaded, match="large bodies"):
@@ -130,7 +130,7 @@ async def test_10_slow_senders_share_half_of_the_memory() -> None:
 
 
 async def test_12_a_batch_is_not_cut_in_pieces_with_one_thread_either() -> None:
-    admission = Admission(threads=1, places=2)
+    admission = Admission(threads=1, places=2, max_wait=4.0)
     batch, single, guest = Sender(admission, "flood"), Sender(admission, "flood"), Sender(admission, "guest")
     single.enter()
     batch.enter()
@@ -145,7 +145,7 @@ async def test_12_a_batch_is_not_cut_in_pieces_with_one_thread_either() -> None:
 
 
 async def test_12_a_body_whose_time_is_over_is_not_pushed_out_too() -> None:
-    admission = Admission(threads=1, places=2)
+    admission = Admission(threads=1, places=2, max_wait=4.0)
     senders = [Sender(admission, "flood") for _ in range(2)]
     guest = Sender(admission, "guest")
     refused = asyncio.Event()
@@ -170,7 +170,7 @@ async def test_12_a_body_whose_time_is_over_is_not_pushed_out_too() -> None:
 
 
 async def test_12_a_body_that_is_whole_when_it_is_pushed_out_is_refused() -> None:
-    admission = Admission(threads=1, places=2)
+    admission = Admission(threads=1, places=2, max_wait=4.0)
     first, second, guest = Sender(admission, "flood"), Sender(admission, "flood"), Sender(admission, "guest")
     first.enter()
     second.enter()
@@ -186,7 +186,7 @@ async def test_12_a_body_that_is_whole_when_it_is_pushed_out_is_refused() -> Non
 
 
 async def test_work_that_waits_too_long_or_for_nobody_is_counted() -> None:
-    admission, pool, gate = Admission(threads=1, places=9), FairPool(1), threading.Event()
+    admission, pool, gate = Admission(threads=1, places=9, max_wait=4.0), FairPool(1), threading.Event()
     running = begun(pool, gate)
 
     async def work(seconds_left: float, seconds_here: float) -> None:

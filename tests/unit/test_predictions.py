@@ -370,3 +370,17 @@ def test_the_threads_of_records_and_keys_outlive_any_fault(
 
 def test_the_api_brings_the_tables_up_to_date_at_first_use(settings: Settings) -> None:
     assert list_predictions(Api(settings).catalog).items == []
+
+
+def test_a_picture_that_was_put_is_not_kept_in_memory(catalog: Catalog, store: ObjectStore) -> None:
+    gone = threading.Event()
+
+    class Picture(bytes):
+        def __del__(self) -> None:
+            gone.set()
+
+    writer = PredictionWriter(partial(history.insert, catalog), lambda: store, capacity=10)
+    writer.record(prediction(), Picture(b"picture"), media_type="image/jpeg")
+    soon(lambda: writer.written == 1)
+    assert gone.wait(5), "no other picture came to take its place"
+    assert writer.close()

@@ -76,7 +76,7 @@ class Admission:
 
     threads: int
     places: int
-    max_wait: float = 4.0
+    max_wait: float
     taken: int = 0
     held: int = 0
     service_seconds: float = 0.02

@@ -26,7 +26,9 @@ class PictureFetcher:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         serving = settings.serving
         self._on = bool(serving.url_hosts)
-        self._places = Admission(serving.url_concurrency, serving.url_concurrency, metrics=metrics)
+        self._places = Admission(
+            serving.url_concurrency, serving.url_concurrency, max_wait=serving.max_wait, metrics=metrics
+        )
         self._settings = FetchSettings(
             concurrency=serving.url_concurrency,
             per_host=serving.url_concurrency,
