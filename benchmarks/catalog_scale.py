@@ -66,7 +66,7 @@ class Worker:
 
     def batch(self, size: int) -> tuple[float, float]:
         """Seconds of one claim, and of recording that its images are stored."""
-        from lawnwatch.catalog import utc_now
+        from lawnwatch.database import utc_now
 
         started = time.perf_counter()
         records = self.catalog.claim(size, worker=self.name, lease_seconds=600)

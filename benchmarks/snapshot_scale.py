@@ -33,8 +33,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "infra")]
 
 from lawnwatch import dataset  # noqa: E402
-from lawnwatch.catalog import Catalog, ImageRecord, Label, url_hash, utc_now  # noqa: E402
+from lawnwatch.catalog import Catalog, ImageRecord, Label, url_hash  # noqa: E402
 from lawnwatch.config import Settings  # noqa: E402
+from lawnwatch.database import utc_now  # noqa: E402
 from lawnwatch.store import LocalStore, ObjectStore, open_store  # noqa: E402
 
 LIMIT_SECONDS = 20.0

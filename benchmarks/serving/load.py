@@ -107,7 +107,7 @@ class Load:
                 self._idle.append(heapq.heappop(self._waiting)[2])
             if now < end:
                 while self._idle and (not self._rate or due <= now):
-                    self._send(self._idle.popleft(), due if self._rate else now)
+                    self._send(self._idle.popleft(), due if self._rate else time.perf_counter())
                     due += 1 / self._rate if self._rate else 0
             elif len(self._idle) + len(self._waiting) == len(self._connections):
                 return

@@ -8,25 +8,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import (
-    CHAR,
-    JSON,
-    BigInteger,
-    Float,
-    Index,
-    Integer,
-    LargeBinary,
-    String,
-    delete,
-    inspect,
-    select,
-)
-from sqlalchemy import insert as insert_into
+import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError as DuplicateRow
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import Mapped, defer, mapped_column
 
-from lawnwatch.catalog import Base, Catalog, UtcDateTime
+from lawnwatch.database import Database, UtcDateTime, metadata
 from lawnwatch.errors import Conflict, DataError, InputError, NotFound
 from lawnwatch.predictions import PAGE, Prediction
 from lawnwatch.store import ObjectStore
@@ -35,36 +21,35 @@ SLACK = timedelta(minutes=5)  # between the time in an id and the record's own: 
 PRUNED = 500  # records deleted in one transaction
 
 
-class PredictionRow(Base):
-    """One answer of the API."""
-
-    __tablename__ = "predictions"
-    __table_args__ = (
-        Index("ix_predictions_label_id", "label", "id"),
-        Index("ix_predictions_client_id", "client", "id"),
-        Index("ix_predictions_model_version_id", "model_version", "id"),
-    )
-
-    id: Mapped[str] = mapped_column(CHAR(36), primary_key=True)
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
-    request_id: Mapped[str] = mapped_column(String(64))
-    client: Mapped[str | None] = mapped_column(CHAR(16))
-    label: Mapped[str] = mapped_column(String(190))
-    confidence: Mapped[float] = mapped_column(Float(53))
-    probabilities: Mapped[dict[str, float]] = mapped_column(JSON)
-    unknown_score: Mapped[float | None] = mapped_column(Float(53))
-    model_name: Mapped[str] = mapped_column(String(190))
-    model_version: Mapped[int] = mapped_column(Integer)
-    bundle_sha256: Mapped[str] = mapped_column(CHAR(64))
-    image_format: Mapped[str] = mapped_column(String(8))
-    image_width: Mapped[int] = mapped_column(Integer)
-    image_height: Mapped[int] = mapped_column(Integer)
-    image_bytes: Mapped[int] = mapped_column(BigInteger)
-    image_key: Mapped[str | None] = mapped_column(String(255))
-    brightness: Mapped[float | None] = mapped_column(Float(53))
-    sharpness: Mapped[float | None] = mapped_column(Float(53))
-    embedding: Mapped[bytes | None] = mapped_column(LargeBinary(8192))
-    total_ms: Mapped[float] = mapped_column(Float(53))
+PREDICTIONS = sa.Table(
+    "predictions",
+    metadata,
+    sa.Column("id", sa.CHAR(36), primary_key=True),
+    sa.Column("created_at", UtcDateTime, nullable=False, index=True),
+    sa.Column("request_id", sa.String(64), nullable=False),
+    sa.Column("client", sa.CHAR(16)),
+    sa.Column("label", sa.String(190), nullable=False),
+    sa.Column("confidence", sa.Float(53), nullable=False),
+    sa.Column("probabilities", sa.JSON, nullable=False),
+    sa.Column("unknown_score", sa.Float(53)),
+    sa.Column("model_name", sa.String(190), nullable=False),
+    sa.Column("model_version", sa.Integer, nullable=False),
+    sa.Column("bundle_sha256", sa.CHAR(64), nullable=False),
+    sa.Column("image_format", sa.String(8), nullable=False),
+    sa.Column("image_width", sa.Integer, nullable=False),
+    sa.Column("image_height", sa.Integer, nullable=False),
+    sa.Column("image_bytes", sa.BigInteger, nullable=False),
+    sa.Column("image_key", sa.String(255)),
+    sa.Column("brightness", sa.Float(53)),
+    sa.Column("sharpness", sa.Float(53)),
+    sa.Column("embedding", sa.LargeBinary(8192)),
+    sa.Column("total_ms", sa.Float(53), nullable=False),
+    sa.Index("ix_predictions_label_id", "label", "id"),
+    sa.Index("ix_predictions_client_id", "client", "id"),
+    sa.Index("ix_predictions_model_version_id", "model_version", "id"),
+)
+_COLUMNS = PREDICTIONS.c
+_LISTED = [column for column in _COLUMNS if column.name != "embedding"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +60,7 @@ class PredictionPage:
     next: str | None
 
 
-def insert(catalog: Catalog, rows: Sequence[dict[str, Any]]) -> None:
+def insert(database: Database, rows: Sequence[dict[str, Any]]) -> None:
     """Write rows (`Prediction.as_row`) in one transaction.
 
     Raises:
@@ -84,8 +69,8 @@ def insert(catalog: Catalog, rows: Sequence[dict[str, Any]]) -> None:
         Unavailable: the database does not answer.
     """
     try:
-        with catalog.session() as session:
-            session.execute(insert_into(PredictionRow), list(rows))
+        with database.transaction() as connection:
+            connection.execute(sa.insert(PREDICTIONS), list(rows))
     except DuplicateRow as error:
         raise Conflict("A prediction record with this id is there already.") from error
     except SQLAlchemyError as error:
@@ -93,7 +78,7 @@ def insert(catalog: Catalog, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def list_predictions(
-    catalog: Catalog,
+    database: Database,
     *,
     limit: int = 50,
     before: str | None = None,
@@ -120,33 +105,33 @@ def list_predictions(
     """
     if not 1 <= limit <= PAGE:
         raise InputError(f"limit must be 1 to {PAGE}; received {limit}.")
-    query = select(PredictionRow).options(defer(PredictionRow.embedding)).order_by(PredictionRow.id.desc())
+    query = sa.select(*_LISTED).order_by(_COLUMNS.id.desc())
     if before is not None:
-        query = query.where(PredictionRow.id < _checked(before))
+        query = query.where(_COLUMNS.id < _checked(before))
     if since is not None:
         since = _utc(since)
-        query = query.where(PredictionRow.id >= _first_id(since, -SLACK), PredictionRow.created_at >= since)
+        query = query.where(_COLUMNS.id >= _first_id(since, -SLACK), _COLUMNS.created_at >= since)
     if until is not None:
         until = _utc(until)
-        query = query.where(PredictionRow.id < _first_id(until, SLACK), PredictionRow.created_at < until)
+        query = query.where(_COLUMNS.id < _first_id(until, SLACK), _COLUMNS.created_at < until)
     for column, wanted in (
-        (PredictionRow.label, label),
-        (PredictionRow.model_version, version),
-        (PredictionRow.client, client),
+        (_COLUMNS.label, label),
+        (_COLUMNS.model_version, version),
+        (_COLUMNS.client, client),
     ):
         if wanted is not None:
             query = query.where(column == wanted)
     if min_confidence is not None:
-        query = query.where(PredictionRow.confidence >= min_confidence)
+        query = query.where(_COLUMNS.confidence >= min_confidence)
     if max_confidence is not None:
-        query = query.where(PredictionRow.confidence <= max_confidence)
-    with catalog.session() as session:
-        items = [_prediction(row) for row in session.scalars(query.limit(limit + 1))]
+        query = query.where(_COLUMNS.confidence <= max_confidence)
+    with database.transaction() as connection:
+        items = [_prediction(row) for row in connection.execute(query.limit(limit + 1))]
     more = len(items) > limit
     return PredictionPage(items[:limit], items[limit - 1].prediction_id if more else None)
 
 
-def get_prediction(catalog: Catalog, prediction_id: str) -> Prediction:
+def get_prediction(database: Database, prediction_id: str) -> Prediction:
     """One prediction.
 
     Raises:
@@ -154,11 +139,12 @@ def get_prediction(catalog: Catalog, prediction_id: str) -> Prediction:
         NotFound: no prediction has this id (or it is still being written).
         Unavailable: the database does not answer.
     """
-    with catalog.session() as session:
-        row = session.get(PredictionRow, _checked(prediction_id))
-        if row is None:
-            raise NotFound(f"No prediction {prediction_id}.", hint="GET /predictions lists them.")
-        return _prediction(row)
+    query = sa.select(PREDICTIONS).where(_COLUMNS.id == _checked(prediction_id))
+    with database.transaction() as connection:
+        row = connection.execute(query).one_or_none()
+    if row is None:
+        raise NotFound(f"No prediction {prediction_id}.", hint="GET /predictions lists them.")
+    return _prediction(row)
 
 
 def _checked(prediction_id: str) -> str:
@@ -183,16 +169,9 @@ def _first_id(moment: datetime, shift: timedelta) -> str:
     return str(uuid.UUID(int=max(0, int((moment.timestamp() + shift.total_seconds()) * 1000)) << 80))
 
 
-def _prediction(row: PredictionRow) -> Prediction:
-    unloaded = inspect(row).unloaded
-    values: dict[str, Any] = {
-        name: None if name in unloaded else getattr(row, name)
-        for name in Prediction.__slots__
-        if name != "prediction_id"
-    }
-    created = values["created_at"]
-    values["created_at"] = created if created.tzinfo else created.replace(tzinfo=UTC)
-    return Prediction(prediction_id=row.id, **values)
+def _prediction(row: sa.Row[Any]) -> Prediction:
+    values = dict(row._mapping)  # SQLAlchemy's public name for it
+    return Prediction(prediction_id=values.pop("id"), **values)
 
 
 # --- forgetting ---------------------------------------------------------------------------------------------
@@ -209,7 +188,7 @@ class Pruned:
 
 
 def prune(
-    catalog: Catalog, store: ObjectStore, *, days: int, progress: Callable[[str], None] = lambda _: None
+    database: Database, store: ObjectStore, *, days: int, progress: Callable[[str], None] = lambda _: None
 ) -> Pruned:
     """Delete the predictions older than `days`, each picture before the record that names it: a picture that nothing
     names could never be found again. Killed midway, it goes on where it stopped.
@@ -227,23 +206,23 @@ def prune(
         return Pruned(0, 0, None, "Predictions are kept for ever (LAWNWATCH_SERVING__RETENTION_DAYS is 0).")
     before = datetime.now(UTC) - timedelta(days=days)
     old = (
-        select(PredictionRow.id, PredictionRow.image_key)
-        .where(PredictionRow.created_at < before)
-        .order_by(PredictionRow.created_at)
+        sa.select(_COLUMNS.id, _COLUMNS.image_key)
+        .where(_COLUMNS.created_at < before)
+        .order_by(_COLUMNS.created_at)
         .limit(PRUNED)
     )
     records = pictures = 0
     while True:
-        with catalog.session() as session:
-            batch = session.execute(old).all()
+        with database.transaction() as connection:
+            batch = connection.execute(old).all()
         if not batch:
             break
         for _, key in batch:
             if key is not None:
                 store.delete(key)
                 pictures += 1
-        with catalog.session() as session:
-            session.execute(delete(PredictionRow).where(PredictionRow.id.in_([identity for identity, _ in batch])))
+        with database.transaction() as connection:
+            connection.execute(sa.delete(PREDICTIONS).where(_COLUMNS.id.in_([identity for identity, _ in batch])))
         records += len(batch)
         progress(f"{records} predictions deleted")
     return Pruned(

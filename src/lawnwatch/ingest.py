@@ -32,8 +32,9 @@ from prometheus_client import CollectorRegistry, Histogram, disable_created_metr
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from lawnwatch import images, log
-from lawnwatch.catalog import Catalog, ImageRecord, Label, utc_now, worker_name
+from lawnwatch.catalog import Catalog, ImageRecord, Label, worker_name
 from lawnwatch.config import Settings
+from lawnwatch.database import utc_now
 from lawnwatch.errors import BlockedSource, DataError, ImageError, LawnwatchError, Unavailable
 from lawnwatch.net import Fetched, Fetcher, FetchFailed, Refused
 from lawnwatch.store import ObjectStore

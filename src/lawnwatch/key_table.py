@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from typing import Any
 
-from sqlalchemy import CHAR, JSON, String, select
-from sqlalchemy.orm import Mapped, mapped_column
+import sqlalchemy as sa
 
-from lawnwatch.catalog import Base, Catalog, UtcDateTime
+from lawnwatch.database import Database, UtcDateTime, metadata, utc_now
 from lawnwatch.errors import InputError, NotFound
 from lawnwatch.keys import SCOPES, Key, hashed
 
 MAX_NAME = 100
 
 
-class KeyRow(Base):
-    """One API key, without its secret."""
-
-    __tablename__ = "api_keys"
-
-    id: Mapped[str] = mapped_column(CHAR(16), primary_key=True)
-    name: Mapped[str] = mapped_column(String(MAX_NAME))
-    sha256: Mapped[str] = mapped_column(CHAR(64))
-    scopes: Mapped[list[str]] = mapped_column(JSON)
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+KEYS = sa.Table(
+    "api_keys",
+    metadata,
+    sa.Column("id", sa.CHAR(16), primary_key=True),
+    sa.Column("name", sa.String(MAX_NAME), nullable=False),
+    sa.Column("sha256", sa.CHAR(64), nullable=False),  # of the secret, which is kept nowhere
+    sa.Column("scopes", sa.JSON, nullable=False),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("revoked_at", UtcDateTime),
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class NewKey:
     message: str
 
 
-def create(catalog: Catalog, name: str, scopes: list[str]) -> NewKey:
+def create(database: Database, name: str, scopes: list[str]) -> NewKey:
     """Make a key.
 
     Raises:
@@ -53,40 +51,41 @@ def create(catalog: Catalog, name: str, scopes: list[str]) -> NewKey:
     if not wanted or set(scopes) - set(SCOPES):
         raise InputError(f"The scopes are {' and '.join(SCOPES)}; received {', '.join(scopes) or 'none'}.")
     identity, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
-    with catalog.session() as session:
-        session.add(
-            KeyRow(
-                id=identity,
-                name=name.strip(),
-                sha256=hashed(secret),
-                scopes=list(wanted),
-                created_at=datetime.now(UTC),
-            )
-        )
+    row = {
+        "id": identity,
+        "name": name.strip(),
+        "sha256": hashed(secret),
+        "scopes": list(wanted),
+        "created_at": utc_now(),
+    }
+    with database.transaction() as connection:
+        connection.execute(sa.insert(KEYS), row)
     message = f"Key {identity} for {name.strip()}. It is shown this once: keep it where you keep passwords."
     return NewKey(f"lw_{identity}_{secret}", identity, name.strip(), wanted, message)
 
 
-def revoke(catalog: Catalog, identity: str) -> Key:
+def revoke(database: Database, identity: str) -> Key:
     """Refuse a key from now on; revoking it again changes nothing.
 
     Raises:
         NotFound: there is no such key.
         Unavailable: the database does not answer.
     """
-    with catalog.session() as session:
-        row = session.get(KeyRow, identity)
-        if row is None:
-            raise NotFound(f"There is no key {identity[:40]!r}.", hint="`lawnwatch key list` shows them.")
-        row.revoked_at = row.revoked_at or datetime.now(UTC)
-        return _key(row)
+    mine = KEYS.c.id == identity
+    with database.transaction() as connection:
+        connection.execute(sa.update(KEYS).where(mine, KEYS.c.revoked_at.is_(None)).values(revoked_at=utc_now()))
+        row = connection.execute(sa.select(KEYS).where(mine)).one_or_none()
+    if row is None:
+        raise NotFound(f"There is no key {identity[:40]!r}.", hint="`lawnwatch key list` shows them.")
+    return _key(row)
 
 
-def list_keys(catalog: Catalog) -> list[Key]:
+def list_keys(database: Database) -> list[Key]:
     """All keys, oldest first, revoked ones included. Raises Unavailable."""
-    with catalog.session() as session:
-        return [_key(row) for row in session.scalars(select(KeyRow).order_by(KeyRow.created_at, KeyRow.id))]
+    query = sa.select(KEYS).order_by(KEYS.c.created_at, KEYS.c.id)
+    with database.transaction() as connection:
+        return [_key(row) for row in connection.execute(query)]
 
 
-def _key(row: KeyRow) -> Key:
+def _key(row: sa.Row[Any]) -> Key:
     return Key(row.id, row.name, tuple(row.scopes), row.created_at, row.revoked_at, row.sha256)

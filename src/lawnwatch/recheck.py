@@ -25,8 +25,9 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 
 from lawnwatch import images
-from lawnwatch.catalog import Catalog, ImageRecord, SourceStatus, utc_now
+from lawnwatch.catalog import Catalog, ImageRecord, SourceStatus
 from lawnwatch.config import Settings
+from lawnwatch.database import utc_now
 from lawnwatch.errors import BlockedSource, ImageTooLarge, InputError, NotFound
 from lawnwatch.ingest import CLAIM_WINDOW, PATIENCE, first_error, interruptible, patiently
 from lawnwatch.net import Fetcher, FetchFailed, NotModified

@@ -29,8 +29,9 @@ from sqlalchemy import JSON, Integer, String, Text, UniqueConstraint, insert, se
 from sqlalchemy.exc import IntegrityError as DuplicateKey
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from lawnwatch.catalog import Base, Catalog, UtcDateTime
+from lawnwatch.catalog import Base, Catalog
 from lawnwatch.config import Settings
+from lawnwatch.database import UtcDateTime
 from lawnwatch.errors import Conflict, DataError, IntegrityError, NotFound, Unavailable
 
 # --- tables -------------------------------------------------------------------------------------------------

@@ -20,8 +20,9 @@ import sqlalchemy as sa
 from alembic import command
 
 from lawnwatch import catalog as catalog_module
-from lawnwatch.catalog import Catalog, ImageRecord, alembic_config, known_revisions
+from lawnwatch.catalog import Catalog, ImageRecord
 from lawnwatch.config import Settings
+from lawnwatch.database import MIGRATION_TIMEOUT, alembic_config, known_revisions
 from lawnwatch.errors import InputError, Unavailable
 
 pytestmark = pytest.mark.integration
@@ -127,7 +128,7 @@ def test_a_migration_killed_after_any_of_its_statements_goes_on(tmp_path: Path, 
 
 def test_an_interrupted_large_index_is_waited_for_longer_than_any_query(catalog: Catalog) -> None:
     """A read timeout in a migration would leave the server at its ALTER TABLE, and the next try in its way."""
-    patient = catalog._engine(read_timeout=catalog_module.MIGRATION_TIMEOUT)
+    patient = catalog._engine(read_timeout=MIGRATION_TIMEOUT)
     with patient.connect() as connection, catalog.engine.connect() as usual:
         assert connection.connection.driver_connection._read_timeout == 3600  # type: ignore[union-attr]
         assert usual.connection.driver_connection._read_timeout == 60  # type: ignore[union-attr]

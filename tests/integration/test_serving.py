@@ -30,8 +30,9 @@ from pydantic import SecretStr
 
 import serving_bundle as sb
 from api_process import LAUNCH, Answer, Api, form, peak_memory, problem, wait_for
-from lawnwatch.catalog import Base, Catalog, QualityReport
+from lawnwatch.catalog import Catalog, QualityReport
 from lawnwatch.config import Settings
+from lawnwatch.database import metadata
 from lawnwatch.errors import RolloutFailed
 from lawnwatch.rollout import TARGET_KEY, LocalRollout, ReleaseTarget
 from lawnwatch.store import ObjectStore, open_store
@@ -737,8 +738,6 @@ def test_records_and_rollouts_on_a_real_mariadb(start: Callable[..., Api], graph
     assert api.get(f"/predictions?before={page['next']}").json["items"][0]["prediction_id"] == made[0]
     assert api.get(page["items"][0]["image_url"]).body == sb.picture(sb.YELLOW)
     with catalog.engine.connect() as connection:
-        differences = compare_metadata(
-            MigrationContext.configure(connection, opts={"compare_type": False}), Base.metadata
-        )
+        differences = compare_metadata(MigrationContext.configure(connection, opts={"compare_type": False}), metadata)
     ours = [change for change in differences if "predictions" in str(change) or "rollouts" in str(change)]
     assert ours == [], "the migrations must make what the models say"

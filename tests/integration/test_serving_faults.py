@@ -173,7 +173,7 @@ def test_44_peers_that_stay_keep_no_record_from_being_written(start: Callable[..
         assert time.monotonic() - begun < 25
     assert "Traceback" not in api.log_text()
     with Catalog(api.settings).session() as session:
-        assert set(session.scalars(select(history.PredictionRow.id))) == made
+        assert set(session.scalars(select(history.PREDICTIONS.c.id))) == made
 
 
 def test_46_many_of_the_largest_pictures_at_once_stay_within_bounded_memory(start: Callable[..., Api]) -> None:

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pydantic import SecretStr
+from sqlalchemy import update
 from tritonclient import http as triton
 from tritonclient.utils import InferenceServerException
 
@@ -517,11 +518,12 @@ def test_what_is_older_than_the_retention_is_deleted_with_its_picture(start: Cal
     old, new = (api.predict(sb.picture(sb.YELLOW)).json["prediction_id"] for _ in range(2))
     wait_for(lambda: api.get(f"/predictions/{new}/image").status == 200)
     catalog = Catalog(api.settings)
-    with catalog.session() as session:
-        row = session.get(history.PredictionRow, old)
-        assert row is not None and row.image_key is not None
-        row.created_at -= timedelta(days=31)
-        key = row.image_key
+    record = history.get_prediction(catalog, old)
+    key, long_ago = record.image_key, record.created_at - timedelta(days=31)
+    assert key is not None
+    with catalog.transaction() as connection:
+        table = history.PREDICTIONS
+        connection.execute(update(table).where(table.c.id == old).values(created_at=long_ago))
     assert history.prune(catalog, api.store, days=0).records == 0
     done = history.prune(catalog, api.store, days=30)
     assert (done.records, done.pictures) == (1, 1) and api.store.stat(key) is None

@@ -20,17 +20,9 @@ import pytest
 import sqlalchemy as sa
 
 from lawnwatch import catalog as catalog_module
-from lawnwatch.catalog import (
-    Base,
-    Catalog,
-    ImageRecord,
-    alembic_config,
-    database_faults,
-    known_revisions,
-    utc_now,
-    worker_name,
-)
+from lawnwatch.catalog import Catalog, ImageRecord, worker_name
 from lawnwatch.config import Settings
+from lawnwatch.database import alembic_config, database_faults, known_revisions, metadata, utc_now
 from lawnwatch.errors import Conflict, DataError, InputError, NotFound, SettingsError, Unavailable
 
 pytestmark = pytest.mark.unit
@@ -49,7 +41,7 @@ def test_the_migrations_build_the_tables_that_the_code_declares(catalog: Catalog
     from alembic.migration import MigrationContext
 
     with catalog.engine.connect() as connection:
-        differences = compare_metadata(MigrationContext.configure(connection), Base.metadata)
+        differences = compare_metadata(MigrationContext.configure(connection), metadata)
     mine = {"images", "labels", "label_history", "snapshots"}
     assert [each for each in differences if any(table in str(each) for table in mine)] == []
 

@@ -323,16 +323,16 @@ def test_a_pool_without_a_free_connection_is_a_database_that_does_not_answer(
 
 def test_questions_that_hold_every_connection_do_not_hold_up_records_and_keys(settings: Settings) -> None:
     api = Api(settings)
-    pool = api.catalog.engine.pool
+    pool = api.database.engine.pool
     assert isinstance(pool, sa.QueuePool)
     with ExitStack() as questions:
         for _ in range(15):  # as many as SQLAlchemy opens
-            questions.enter_context(api.catalog.engine.connect())
+            questions.enter_context(api.database.engine.connect())
         begun = time.monotonic()
         api._insert([prediction().as_row()])
         assert api._read_keys() == []
         assert time.monotonic() - begun < 5
-    assert len(list_predictions(api.catalog).items) == 1
+    assert len(list_predictions(api.database).items) == 1
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -369,7 +369,7 @@ def test_the_threads_of_records_and_keys_outlive_any_fault(
 
 
 def test_the_api_brings_the_tables_up_to_date_at_first_use(settings: Settings) -> None:
-    assert list_predictions(Api(settings).catalog).items == []
+    assert list_predictions(Api(settings).database).items == []
 
 
 def test_a_picture_that_was_put_is_not_kept_in_memory(catalog: Catalog, store: ObjectStore) -> None:

@@ -21,8 +21,9 @@ import sqlalchemy as sa
 from PIL import Image
 
 from lawnwatch import cli, config, ingest, net, recheck
-from lawnwatch.catalog import Catalog, ImageRecord, utc_now
+from lawnwatch.catalog import Catalog, ImageRecord
 from lawnwatch.config import Settings
+from lawnwatch.database import utc_now
 from lawnwatch.errors import InputError, Unavailable
 from lawnwatch.store import LocalStore
 

@@ -10,8 +10,9 @@ from typing import Any
 import sqlalchemy as sa
 
 from lawnwatch import __version__
-from lawnwatch.catalog import Catalog, SnapshotRecord, utc_now
+from lawnwatch.catalog import Catalog, SnapshotRecord
 from lawnwatch.config import Settings
+from lawnwatch.database import utc_now
 from lawnwatch.dataset.snapshot import SPLITS, Row, Snapshot, id_of, load_snapshot, write_snapshot
 from lawnwatch.dataset.splits import FreshTest, StoredImage, judge_stored, usable_of
 from lawnwatch.errors import InputError, IntegrityError

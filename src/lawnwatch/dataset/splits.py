@@ -14,8 +14,9 @@ import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 
-from lawnwatch.catalog import Catalog, ImageRecord, Label, affected, utc_now
+from lawnwatch.catalog import Catalog, ImageRecord, Label
 from lawnwatch.config import DataSettings, Settings
+from lawnwatch.database import affected, utc_now
 from lawnwatch.dataset.duplicates import duplicate_groups
 from lawnwatch.dataset.snapshot import SPLITS
 from lawnwatch.errors import Conflict, DataError

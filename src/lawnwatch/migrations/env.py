@@ -1,4 +1,4 @@
-"""How Alembic reaches the database: through the connection that `Catalog.migrate` hands over."""
+"""How Alembic reaches the database: through the connection that `Database.migrate` hands over."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ import sqlalchemy as sa
 from alembic import context
 
 # Imported for the tables that they declare.
-from lawnwatch import history, key_table, registry, rollout  # noqa: F401
-from lawnwatch.catalog import Base
+from lawnwatch import catalog, history, key_table, registry, rollout  # noqa: F401
+from lawnwatch.database import metadata
 
 
 def differs(_context: Any, _there: Any, _declared: Any, there: sa.types.TypeEngine[Any], declared: Any) -> bool | None:
@@ -17,7 +17,7 @@ def differs(_context: Any, _there: Any, _declared: Any, there: sa.types.TypeEngi
 
 context.configure(
     connection=context.config.attributes["connection"],
-    target_metadata=Base.metadata,
+    target_metadata=metadata,
     render_as_batch=True,
     compare_type=differs,
 )

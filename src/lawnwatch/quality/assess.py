@@ -11,8 +11,9 @@ from functools import partial
 import sqlalchemy as sa
 
 from lawnwatch import bundle, dataset
-from lawnwatch.catalog import Catalog, QualityReport, utc_now
+from lawnwatch.catalog import Catalog, QualityReport
 from lawnwatch.config import Settings
+from lawnwatch.database import utc_now
 from lawnwatch.errors import DataError, InputError, LawnwatchError, NotFound
 from lawnwatch.quality import page
 from lawnwatch.quality.checks import Check, QualityResult, judge

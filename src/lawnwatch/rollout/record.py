@@ -10,7 +10,8 @@ from typing import Any, Literal
 from sqlalchemy import CHAR, Integer, SmallInteger, String, Text, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
-from lawnwatch.catalog import Base, UtcDateTime
+from lawnwatch.catalog import Base
+from lawnwatch.database import UtcDateTime
 from lawnwatch.release_target import ReleaseTarget
 
 State = Literal["progressing", "complete", "failed", "undone"]

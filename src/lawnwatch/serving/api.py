@@ -23,7 +23,7 @@ from lawnwatch.store import ObjectStore, open_store
 # SQLAlchemy and the tables are imported when a record is written or read: they take a quarter of the time to the first
 # answer, which needs neither.
 if TYPE_CHECKING:
-    from lawnwatch.catalog import Catalog
+    from lawnwatch.database import Database
 
 logger = log.get(__name__)
 
@@ -43,7 +43,7 @@ class Api:
             max_wait=serving.max_wait,
             metrics=self.metrics,
         )
-        self._catalogs: tuple[Catalog, Catalog] | None = None  # for questions, for our own threads
+        self._databases: tuple[Database, Database] | None = None  # for questions, for our own threads
         self._opening = threading.Lock()
         self._migrated = False
         self._store: ObjectStore | None = None
@@ -80,23 +80,23 @@ class Api:
         self.admission.draining = True
 
     @property
-    def catalog(self) -> Catalog:
+    def database(self) -> Database:
         """The database for the questions of clients; its tables are up to date. Raises Unavailable."""
         return self._opened()[0]
 
-    def _opened(self) -> tuple[Catalog, Catalog]:
+    def _opened(self) -> tuple[Database, Database]:
         """Two pools of connections, opened at first use: questions that wait for a slow answer may hold all of one, and
         records and keys must not wait for them.
         """
         with self._opening:
-            if self._catalogs is None:
-                from lawnwatch.catalog import Catalog
+            if self._databases is None:
+                from lawnwatch.database import Database
 
-                self._catalogs = Catalog(self.settings), Catalog(self.settings)
+                self._databases = Database(self.settings), Database(self.settings)
         if not self._migrated:  # outside the lock: many may wait for a database that does not answer
-            self._catalogs[1].migrate()
+            self._databases[1].migrate()
             self._migrated = True
-        return self._catalogs
+        return self._databases
 
     def _insert(self, rows: Sequence[dict[str, Any]]) -> None:
         from lawnwatch import history

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-from lawnwatch.catalog import UtcDateTime
+from lawnwatch.database import UtcDateTime
 from lawnwatch.migrations import create_index
 
 revision = "0003"

@@ -62,7 +62,7 @@ def add(app: FastAPI, api: Api) -> None:
         from lawnwatch import history
 
         page = history.list_predictions(
-            api.catalog,
+            api.database,
             limit=limit,
             before=before,
             label=label,
@@ -108,7 +108,7 @@ def add(app: FastAPI, api: Api) -> None:
 def _one(api: Api, prediction_id: str) -> predictions.Prediction:
     from lawnwatch import history
 
-    return history.get_prediction(api.catalog, prediction_id)
+    return history.get_prediction(api.database, prediction_id)
 
 
 def _item(one: predictions.Prediction) -> dict[str, Any]:
