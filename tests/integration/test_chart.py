@@ -175,6 +175,12 @@ def test_a_server_that_is_switched_off_must_be_named() -> None:
     assert "mysql.host is needed" in result.stderr
 
 
+def test_a_ca_for_the_mysql_that_the_chart_brings_is_an_error_that_says_so() -> None:
+    result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set", "mysql.caSecret=ca")
+    assert result.returncode != 0
+    assert "mysql.caSecret is for a MySQL of your own" in result.stderr
+
+
 def test_an_operator_that_is_not_there_is_an_error_that_says_so() -> None:
     result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set", "monitoring.operator=true")
     assert result.returncode != 0
@@ -551,6 +557,24 @@ def test_no_setting_is_given_twice(name: str) -> None:
         for each in containers(spec):
             names = [one["name"] for one in each.get("env", [])]
             assert len(names) == len(set(names)), pod
+
+
+def test_everyone_who_asks_a_mysql_with_a_ca_has_the_ca() -> None:
+    """tests/integration/test_database_tls.py connects with these URLs."""
+    asking = 0
+    for pod, spec in pods(rendered("production")):
+        for each in containers(spec):
+            urls = [one["value"] for one in each.get("env", []) if one.get("value", "").startswith("mysql+")]
+            if urls or "pymysql.connect" in str(each.get("args")):
+                asking += 1
+                mounts = {one["name"]: one["mountPath"] for one in each["volumeMounts"]}
+                assert mounts["mysql-ca"] == "/etc/lawnwatch-mysql", (pod, each["name"])
+                (volume,) = [one for one in spec["volumes"] if one["name"] == "mysql-ca"]
+                assert volume["secret"] == {"secretName": "lawnwatch-mysql-ca"}
+            for url in urls:
+                assert "ssl_ca=/etc/lawnwatch-mysql/ca.crt" in url or url.startswith("mysql+aiomysql"), pod
+    assert asking > 10
+    assert not [pod for pod, spec in pods(rendered("default")) if "mysql-ca" in str(spec)]
 
 
 def test_every_claim_outlives_the_release() -> None:
