@@ -495,12 +495,20 @@ def test_an_operators_prometheus_may_ask_from_its_own_namespace_what_is_not_open
     assert theirs not in policies("default")["minio"]["ingress"][0]["from"]
 
 
-def test_prometheus_asks_for_the_apis_pods_by_their_whole_name() -> None:
-    """With a search list, one server that fails to answer for one of the names keeps pods that are gone as targets."""
+@pytest.mark.parametrize(("job", "part", "port"), [("api", "api", 8000), ("webapp", "webapp", 9106),
+                                                   ("web-sessions", "webapp", 8501)])  # fmt: skip
+def test_prometheus_asks_each_pod_of_what_may_have_several_by_the_whole_name(job: str, part: str, port: int) -> None:
+    """One address for all would give now this pod's counters, now that one's. And with a search list, one server that
+    fails to answer for one of the names keeps pods that are gone as targets."""
     found = find(rendered("default"), "ConfigMap", "lawnwatch-prometheus")
     config = yaml.safe_load(found["data"]["prometheus.yml"])
-    (api,) = [each for each in config["scrape_configs"] if each["job_name"] == "api"]
-    assert api["dns_sd_configs"][0]["names"] == ["lawnwatch-api-pods.lawnwatch.svc.cluster.local."]
+    (scraped,) = [each["dns_sd_configs"] for each in config["scrape_configs"] if each["job_name"] == job]
+    assert scraped[0]["names"] == [f"lawnwatch-{part}-pods.lawnwatch.svc.cluster.local."]
+    assert scraped[0]["port"] == port
+    service = find(rendered("default"), "Service", f"lawnwatch-{part}-pods")["spec"]
+    assert (service["clusterIP"], service["publishNotReadyAddresses"]) == ("None", True)
+    assert port in [each["port"] for each in service["ports"]]
+    assert service["selector"]["app.kubernetes.io/component"] == part
 
 
 def test_every_setting_of_prometheus_starts_it_anew() -> None:
