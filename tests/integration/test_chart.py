@@ -34,12 +34,15 @@ VALUES: dict[str, tuple[str, ...]] = {
                  "--api-versions=monitoring.coreos.com/v1"),
     "secrets by a job": ("--set", "secrets.create=job"),
     "upgrade": ("--is-upgrade", "--set", "secrets.create=job"),
+    "node exporter": ("--set", "monitoring.nodeExporter.enabled=true"),
     "gateway": ("--set", "httpRoute.enabled=true,httpRoute.gateway=edge,api.autoscaling.requestsInFlight=8"),
 }
 # fmt: on
 CRDS = {"ServiceMonitor", "PrometheusRule", "HTTPRoute"}
 
 WORKER = "ConfigMap/lawnwatch-airflow/pod.yaml"  # the template of the steps' pods
+
+NODE_EXPORTER = "DaemonSet/lawnwatch-node-exporter"
 
 Object = dict[str, Any]
 
@@ -217,6 +220,8 @@ def test_the_schema_knows_every_value_and_no_other() -> None:
 @pytest.mark.parametrize("name", VALUES)
 def test_every_pod_passes_the_restricted_pod_security_standard(name: str) -> None:
     for pod, spec in pods(rendered(name)):
+        if pod == NODE_EXPORTER:
+            continue  # in a namespace of its own
         assert spec["securityContext"]["runAsNonRoot"] is True, pod
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, pod
         assert not [each for each in spec.get("volumes", []) if "hostPath" in each], pod
@@ -229,6 +234,61 @@ def test_every_pod_passes_the_restricted_pod_security_standard(name: str) -> Non
             }, (pod, each["name"])
             assert not [port for port in each.get("ports", []) if "hostPort" in port], pod
             assert ":" in each["image"] and not each["image"].endswith(":latest"), pod
+
+
+def test_the_node_exporter_alone_sees_the_node_and_may_change_nothing() -> None:
+    objects = rendered("node exporter")
+    apart = [each for each in objects if each["metadata"].get("namespace") == "lawnwatch-node"]
+    assert {each["kind"] for each in apart} == {"DaemonSet", "Service"}
+    namespace = find(objects, "Namespace", "lawnwatch-node")
+    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "privileged"
+    spec = dict(pods(objects))[NODE_EXPORTER]
+    assert not {"hostPID", "hostIPC"} & spec.keys()
+    assert spec["automountServiceAccountToken"] is False
+    assert spec["securityContext"]["runAsUser"] == 65534
+    (container,) = spec["containers"]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    (mount,) = container["volumeMounts"]
+    assert (mount["name"], mount["readOnly"]) == ("root", True)
+    assert spec["volumes"] == [{"name": "root", "hostPath": {"path": "/"}}]
+
+
+def test_prometheus_finds_every_node() -> None:
+    objects = rendered("node exporter")
+    service = find(objects, "Service", "lawnwatch-node-exporter")
+    config = yaml.safe_load(find(objects, "ConfigMap", "lawnwatch-prometheus")["data"]["prometheus.yml"])
+    (node,) = [each["dns_sd_configs"][0] for each in config["scrape_configs"] if each["job_name"] == "node"]
+    name = f"{service['metadata']['name']}.{service['metadata']['namespace']}.svc.cluster.local."
+    assert (node["names"], node["port"]) == ([name], service["spec"]["ports"][0]["port"])
+    assert service["spec"]["clusterIP"] == "None"
+
+
+@pytest.mark.parametrize("name", sorted(set(VALUES) - {"node exporter"}))
+def test_nothing_is_made_outside_of_the_namespace(name: str) -> None:
+    """So that an installation needs no rights beyond its namespace."""
+    for each in rendered(name):
+        assert each["kind"] not in {"Namespace", "ClusterRole", "ClusterRoleBinding", "PersistentVolume"}
+        assert each["metadata"].get("namespace", "lawnwatch") == "lawnwatch"
+
+
+def test_a_second_node_exporter_beside_an_operators_is_an_error_that_says_so() -> None:
+    both = "monitoring.operator=true,monitoring.nodeExporter.enabled=true"
+    result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set", both)
+    assert result.returncode != 0
+    assert "kube-prometheus-stack brings a node exporter" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["default", "node exporter", "gateway"])
+def test_prometheus_takes_the_configuration_of_the_chart(name: str, tmp_path: Path) -> None:
+    for file, text in find(rendered(name), "ConfigMap", "lawnwatch-prometheus")["data"].items():
+        (tmp_path / file).write_text(text.replace("/etc/prometheus/", f"{tmp_path}/"))
+    checked = subprocess.run([program("promtool"), "check", "config", str(tmp_path / "prometheus.yml")],
+                             capture_output=True, text=True)  # fmt: skip
+    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 def test_only_those_get_a_token_that_ask_kubernetes_something() -> None:
