@@ -169,7 +169,7 @@ class MariaDb:
         return f"mysql+pymysql://lawnwatch:{self.password}@127.0.0.1:{self.port}/{name}"
 
 
-def _start_mariadb(folder: Path) -> MariaDb:
+def _start_mariadb(folder: Path, *options: str) -> MariaDb:
     import pymysql
 
     daemon, install = program("mariadbd"), program("mariadb-install-db")
@@ -191,7 +191,7 @@ def _start_mariadb(folder: Path) -> MariaDb:
     argv = [
         daemon, "--no-defaults", f"--datadir={data}", f"--port={port}", "--bind-address=127.0.0.1", *user,
         f"--socket=/tmp/lawnwatch-{port}.sock", "--skip-name-resolve", "--innodb-buffer-pool-size=64M",
-        "--innodb-flush-log-at-trx-commit=2", f"--pid-file={folder / 'mariadbd.pid'}",
+        "--innodb-flush-log-at-trx-commit=2", f"--pid-file={folder / 'mariadbd.pid'}", *options,
     ]  # fmt: skip
 
     def ready() -> bool:
@@ -221,14 +221,14 @@ def mariadb(mariadb_server: MariaDb) -> str:
 
 
 @pytest.fixture
-def start_mariadb(tmp_path: Path) -> Iterator[Callable[[], MariaDb]]:
-    """Start a private MariaDB that the test may stop, freeze or kill."""
+def start_mariadb(tmp_path: Path) -> Iterator[Callable[..., MariaDb]]:
+    """Start a private MariaDB, with these options, that the test may stop, freeze or kill."""
     started: list[MariaDb] = []
 
-    def start() -> MariaDb:
+    def start(*options: str) -> MariaDb:
         folder = tmp_path / f"mariadb{len(started)}"
         folder.mkdir()
-        started.append(_start_mariadb(folder))
+        started.append(_start_mariadb(folder, *options))
         return started[-1]
 
     yield start

@@ -33,6 +33,7 @@ MIGRATION_TIMEOUT = 3600
 PASSING = {0, 1205, 1213, 1040, 2002, 2003, 2006, 2013, 1053, 1927, 4031, "SQLITE_BUSY", "SQLITE_LOCKED"}
 DISK_FULL = {3, 1021, 1026, 1114, "SQLITE_FULL"}
 REFUSED = {1044, 1045, 1049, 1142, 1143, 1698}
+WANTS_TLS = {3159}  # MySQL's; MariaDB says 1045
 T = TypeVar("T")
 
 metadata = sa.MetaData(
@@ -104,6 +105,11 @@ def make_engine(
             f"{setting} must name MySQL or SQLite; received {url.get_backend_name()}.",
             hint="Set it to mysql+pymysql://user:password@host/name.",
         )
+    if "ssl_ca" in url.query and not Path(str(url.query["ssl_ca"])).is_file():
+        raise SettingsError(
+            f"{setting} names a file of CA certificates (ssl_ca) that is not there.",
+            hint="Give the path of the CA's ca.crt, or take ssl_ca out of the URL.",
+        )
     wanted = {"connect_timeout": 5, "read_timeout": read_timeout, "write_timeout": read_timeout, "charset": "utf8mb4"}
     return sa.create_engine(
         url,
@@ -137,9 +143,20 @@ def database_faults(setting: str = "LAWNWATCH_DATABASE_URL") -> Iterator[None]:
                 f"{whose} has no space left on its disk ({code}).",
                 hint="Make room, then run the same command again: it goes on where it stopped.",
             ) from error
+        if code in WANTS_TLS:
+            raise Unavailable(
+                f"{whose} takes encrypted connections only ({code}).",
+                hint=f"Add ?ssl_ca=FILE to {setting}, the CA that signed the server's certificate.",
+            ) from error
+        if "CERTIFICATE_VERIFY_FAILED" in str(error.orig):
+            raise Unavailable(
+                f"{whose} has a certificate that the CA of {setting} did not sign, or that is for another host.",
+                hint="Is ssl_ca the server's CA, and the host in the URL a name in its certificate?",
+            ) from error
         if code in REFUSED:
             raise Unavailable(
-                f"{whose} refuses the user, the password or the database name ({code}).", hint=f"Is {setting} right?"
+                f"{whose} refuses the user, the password or the database name ({code}).",
+                hint=f"Is {setting} right? Some servers say so when they want TLS, too: then add ?ssl_ca=FILE.",
             ) from error
         raise Unavailable(
             f"{whose} does not answer as it should ({type(error).__name__} {code}).",

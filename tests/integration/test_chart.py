@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,12 +35,15 @@ VALUES: dict[str, tuple[str, ...]] = {
                  "--api-versions=monitoring.coreos.com/v1"),
     "secrets by a job": ("--set", "secrets.create=job"),
     "upgrade": ("--is-upgrade", "--set", "secrets.create=job"),
+    "node exporter": ("--set", "monitoring.nodeExporter.enabled=true"),
     "gateway": ("--set", "httpRoute.enabled=true,httpRoute.gateway=edge,api.autoscaling.requestsInFlight=8"),
 }
 # fmt: on
 CRDS = {"ServiceMonitor", "PrometheusRule", "HTTPRoute"}
 
 WORKER = "ConfigMap/lawnwatch-airflow/pod.yaml"  # the template of the steps' pods
+
+NODE_EXPORTER = "DaemonSet/lawnwatch-node-exporter"
 
 Object = dict[str, Any]
 
@@ -175,6 +179,12 @@ def test_a_server_that_is_switched_off_must_be_named() -> None:
     assert "mysql.host is needed" in result.stderr
 
 
+def test_a_ca_for_the_mysql_that_the_chart_brings_is_an_error_that_says_so() -> None:
+    result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set", "mysql.caSecret=ca")
+    assert result.returncode != 0
+    assert "mysql.caSecret is for a MySQL of your own" in result.stderr
+
+
 def test_an_operator_that_is_not_there_is_an_error_that_says_so() -> None:
     result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set", "monitoring.operator=true")
     assert result.returncode != 0
@@ -211,6 +221,8 @@ def test_the_schema_knows_every_value_and_no_other() -> None:
 @pytest.mark.parametrize("name", VALUES)
 def test_every_pod_passes_the_restricted_pod_security_standard(name: str) -> None:
     for pod, spec in pods(rendered(name)):
+        if pod == NODE_EXPORTER:
+            continue  # in a namespace of its own
         assert spec["securityContext"]["runAsNonRoot"] is True, pod
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, pod
         assert not [each for each in spec.get("volumes", []) if "hostPath" in each], pod
@@ -223,6 +235,61 @@ def test_every_pod_passes_the_restricted_pod_security_standard(name: str) -> Non
             }, (pod, each["name"])
             assert not [port for port in each.get("ports", []) if "hostPort" in port], pod
             assert ":" in each["image"] and not each["image"].endswith(":latest"), pod
+
+
+def test_the_node_exporter_alone_sees_the_node_and_may_change_nothing() -> None:
+    objects = rendered("node exporter")
+    apart = [each for each in objects if each["metadata"].get("namespace") == "lawnwatch-node"]
+    assert {each["kind"] for each in apart} == {"DaemonSet", "Service"}
+    namespace = find(objects, "Namespace", "lawnwatch-node")
+    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "privileged"
+    spec = dict(pods(objects))[NODE_EXPORTER]
+    assert not {"hostPID", "hostIPC"} & spec.keys()
+    assert spec["automountServiceAccountToken"] is False
+    assert spec["securityContext"]["runAsUser"] == 65534
+    (container,) = spec["containers"]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    (mount,) = container["volumeMounts"]
+    assert (mount["name"], mount["readOnly"]) == ("root", True)
+    assert spec["volumes"] == [{"name": "root", "hostPath": {"path": "/"}}]
+
+
+def test_prometheus_finds_every_node() -> None:
+    objects = rendered("node exporter")
+    service = find(objects, "Service", "lawnwatch-node-exporter")
+    config = yaml.safe_load(find(objects, "ConfigMap", "lawnwatch-prometheus")["data"]["prometheus.yml"])
+    (node,) = [each["dns_sd_configs"][0] for each in config["scrape_configs"] if each["job_name"] == "node"]
+    name = f"{service['metadata']['name']}.{service['metadata']['namespace']}.svc.cluster.local."
+    assert (node["names"], node["port"]) == ([name], service["spec"]["ports"][0]["port"])
+    assert service["spec"]["clusterIP"] == "None"
+
+
+@pytest.mark.parametrize("name", sorted(set(VALUES) - {"node exporter"}))
+def test_nothing_is_made_outside_of_the_namespace(name: str) -> None:
+    """So that an installation needs no rights beyond its namespace."""
+    for each in rendered(name):
+        assert each["kind"] not in {"Namespace", "ClusterRole", "ClusterRoleBinding", "PersistentVolume"}
+        assert each["metadata"].get("namespace", "lawnwatch") == "lawnwatch"
+
+
+def test_a_second_node_exporter_beside_an_operators_is_an_error_that_says_so() -> None:
+    both = "monitoring.operator=true,monitoring.nodeExporter.enabled=true"
+    result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set", both)
+    assert result.returncode != 0
+    assert "kube-prometheus-stack brings a node exporter" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["default", "node exporter", "gateway"])
+def test_prometheus_takes_the_configuration_of_the_chart(name: str, tmp_path: Path) -> None:
+    for file, text in find(rendered(name), "ConfigMap", "lawnwatch-prometheus")["data"].items():
+        (tmp_path / file).write_text(text.replace("/etc/prometheus/", f"{tmp_path}/"))
+    checked = subprocess.run([program("promtool"), "check", "config", str(tmp_path / "prometheus.yml")],
+                             capture_output=True, text=True)  # fmt: skip
+    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 def test_only_those_get_a_token_that_ask_kubernetes_something() -> None:
@@ -395,26 +462,134 @@ def policies(name: str) -> dict[str, Object]:
             if each["kind"] == "NetworkPolicy"}  # fmt: skip
 
 
-def admitted(part: str) -> set[str]:
-    """The parts that may connect to this one."""
-    (rule,) = policies("default")[part]["ingress"]
-    (source,) = rule["from"]
-    (expression,) = source["podSelector"]["matchExpressions"]
-    return set(expression["values"])
+Labels = dict[str, str]
 
 
-def test_each_server_admits_those_that_ask_it_and_nobody_else() -> None:
-    assert admitted("mlflow") == {"exporter", "airflow-scheduler", "step", "bootstrap", "test"}
-    assert "prometheus" in admitted("minio")
-    assert not {"webapp", "alertmanager"} & set.union(*map(admitted, ("mysql", "minio", "mlflow", "airflow-api")))
+def parts(objects: list[Object]) -> dict[str, tuple[Labels, Object]]:
+    """Labels and specification of the pod of every part, by its component."""
+    made = [each["spec"]["template"] for each in objects if "template" in each.get("spec", {})]
+    made += [each for each in objects if each["kind"] == "Pod"]
+    made.append(yaml.safe_load(find(objects, "ConfigMap", "lawnwatch-airflow")["data"]["pod.yaml"]))
+    found = [(each["metadata"]["labels"], each["spec"]) for each in made]
+    return {labels["app.kubernetes.io/component"]: (labels, spec) for labels, spec in found}
 
 
-@pytest.mark.parametrize("part", ["api", "step"])
+# Settings that are shared with parts that never ask by them.
+NEVER_ASKED = {("api", "mlflow"), ("api", "api"), ("airflow-api", "mlflow"), ("airflow-dag-processor", "mlflow"),
+               ("airflow-triggerer", "mlflow"), ("exporter", "minio"), ("mlflow", "mlflow")}  # fmt: skip
+# A URL, a target of Prometheus, a name that it looks up, and the arguments of a driver.
+ADDRESS = re.compile(
+    r"(lawnwatch-[a-z-]+)(?:\.lawnwatch(?:-node)?\.svc\.[a-z.]+)?(?::|\W{1,6}(?:type: A, )?port(?:: |=))(\d+)"
+)
+
+
+def connections(objects: list[Object]) -> set[tuple[str, str, int]]:
+    """From which part to which, and at which port of its pod: all that stands in URLs of pods and of configurations."""
+    services = {each["metadata"]["name"]: each["spec"] for each in objects if each["kind"] == "Service"}
+    made, needed = parts(objects), set()
+    for part, (_, spec) in made.items():
+        mine = [each["data"] for each in objects
+                if each["kind"] == "ConfigMap" and each["metadata"]["name"] == f"lawnwatch-{part}"]  # fmt: skip
+        for service, port in ADDRESS.findall(json.dumps([containers(spec), mine])):
+            component = services[service]["selector"]["app.kubernetes.io/component"]
+            (target,) = [each["targetPort"] for each in services[service]["ports"] if each["port"] == int(port)]
+            (number,) = [one["containerPort"] for each in made[component][1]["containers"]
+                         for one in each.get("ports", []) if one["name"] == target]  # fmt: skip
+            needed.add((part, component, number))
+    return {each for each in needed if each[:2] not in NEVER_ASKED}
+
+
+def chosen(selector: Object, labels: Labels) -> bool:
+    return selector.get("matchLabels", {}).items() <= labels.items() and all(
+        labels.get(each["key"]) in each["values"] for each in selector.get("matchExpressions", [])
+    )
+
+
+def admits(rules: list[Object], side: str, labels: Labels, port: int, namespace: str = "lawnwatch") -> bool:
+    """Whether one of the rules is for pods with these labels. An ipBlock is for what is not in the cluster."""
+    for rule in rules:
+        if port in [each["port"] for each in rule.get("ports", [{"port": port}])]:
+            peers = rule.get(side)
+            if peers is None or any(
+                chosen(peer.get("podSelector", {}), labels)
+                for peer in peers
+                if "ipBlock" not in peer and (namespace == "lawnwatch" or "namespaceSelector" in peer)
+            ):
+                return True
+    return False
+
+
+def permitted(name: str, source: Labels, target: Labels, port: int, namespace: str = "lawnwatch") -> bool:
+    """Whether the policies let this source reach this pod: they add up, and a pod that none is for is open."""
+    inward = [each for each in policies(name).values()
+              if "Ingress" in each["policyTypes"] and chosen(each["podSelector"], target)]  # fmt: skip
+    outward = [each for each in policies(name).values()
+               if "Egress" in each["policyTypes"] and chosen(each["podSelector"], source)]  # fmt: skip
+    enters = [rule for each in inward for rule in each.get("ingress", [])]
+    leaves = [rule for each in outward for rule in each.get("egress", [])]
+    return (not inward or admits(enters, "from", source, port, namespace)) and (
+        not outward or admits(leaves, "to", target, port)
+    )
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_every_connection_that_a_pod_is_told_of_is_permitted(name: str) -> None:
+    labels = {part: each for part, (each, _) in parts(rendered(name)).items()}
+    # The exporter of the nodes is in their network, where no policy holds.
+    needed = {each for each in connections(rendered(name)) if each[1] != "node-exporter"}
+    assert {("webapp", "api", 8000), ("exporter", "airflow-api", 8080), ("step", "mlflow", 5000)} <= needed
+    if name == "default":
+        servers = {"api", "webapp", "exporter", "mysql", "minio", "mlflow", "airflow-api", "alertmanager"}
+        assert {target for _, target, _ in needed} == servers
+        assert {("prometheus", "webapp", 9106), ("mlflow", "mysql", 3306), ("bootstrap", "minio", 9000)} <= needed
+    assert not [each for each in sorted(needed) if not permitted(name, labels[each[0]], labels[each[1]], each[2])]
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_no_part_is_open_to_one_that_does_not_ask_it(name: str) -> None:
+    """API and page are for everybody; the scheduler's pod is where people ask MLflow by `lawnwatch`."""
+    labels = {part: each for part, (each, _) in parts(rendered(name)).items() if part != "node-exporter"}
+    needed = connections(rendered(name))
+    ports = {(part, port["containerPort"]) for part, (_, spec) in parts(rendered(name)).items() if part in labels
+             for each in spec["containers"] for port in each.get("ports", [])}  # fmt: skip
+    open_to = {(source, target, port) for source in labels for target, port in ports
+               if permitted(name, labels[source], labels[target], port)}  # fmt: skip
+    everybodys = {("api", 8000), ("webapp", 8501)}
+    unasked = {each for each in open_to - needed if each[1:] not in everybodys}
+    assert unasked <= {("airflow-scheduler", "mlflow", 5000)}
+    assert not [part for part in labels if part.startswith(("airflow-scheduler", "airflow-dag", "airflow-trig", "step"))
+                and permitted(name, labels["api"], labels[part], 8793)]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "part", "port", "may"),
+    [
+        ("default", "ingress-nginx", "api", 8000, True),
+        ("default", "ingress-nginx", "webapp", 8501, True),
+        ("default", "ingress-nginx", "webapp", 9106, False),
+        ("default", "grafana", "prometheus", 9090, True),
+        ("default", "grafana", "mysql", 3306, False),
+        ("gateway", "prometheus-adapter", "prometheus", 9090, True),
+        ("default", "prometheus", "minio", 9000, False),
+        ("operator", "prometheus", "api", 8000, True),
+        ("operator", "prometheus", "webapp", 8501, True),
+        ("operator", "prometheus", "webapp", 9106, True),
+        ("operator", "prometheus", "exporter", 9105, True),
+        ("operator", "prometheus", "minio", 9000, True),
+        ("operator", "prometheus", "mysql", 3306, False),
+    ],
+)
+def test_from_other_namespaces_come_those_who_ought_to(name: str, label: str, part: str, port: int, may: bool) -> None:
+    stranger = {"app.kubernetes.io/name": label}
+    assert permitted(name, stranger, parts(rendered(name))[part][0], port, namespace="elsewhere") is may
+
+
+@pytest.mark.parametrize("part", ["api", "step", "mlflow"])
 def test_what_fetches_pictures_never_reaches_the_clouds_metadata(part: str) -> None:
     """The address may be reached for names only, by no rule that holds for every port."""
     reached = [
         (to["ipBlock"], rule.get("ports"))
-        for rule in policies("default")[part]["egress"]
+        for rule in policies("default")[f"{part}-egress"]["egress"]
         for to in rule["to"]
         if "ipBlock" in to
     ]
@@ -479,22 +654,20 @@ def test_an_operators_prometheus_finds_the_monitors_and_their_ports() -> None:
             assert {one["port"] for one in each["spec"]["endpoints"]} <= ports
 
 
-def test_an_operators_prometheus_may_ask_from_its_own_namespace_what_is_not_open_to_all() -> None:
-    theirs = {"namespaceSelector": {}, "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}}}
-    admitting = {part for part, spec in policies("operator").items()
-                 for rule in spec.get("ingress", []) if theirs in rule["from"]}  # fmt: skip
-    closed = {part for part, spec in policies("operator").items() if "ingress" in spec}
-    assert admitting == closed & {each["metadata"]["name"].removeprefix("lawnwatch-")
-                                  for each in rendered("operator") if each["kind"] == "ServiceMonitor"}  # fmt: skip
-    assert theirs not in policies("default")["minio"]["ingress"][0]["from"]
-
-
-def test_prometheus_asks_for_the_apis_pods_by_their_whole_name() -> None:
-    """With a search list, one server that fails to answer for one of the names keeps pods that are gone as targets."""
+@pytest.mark.parametrize(("job", "part", "port"), [("api", "api", 8000), ("webapp", "webapp", 9106),
+                                                   ("web-sessions", "webapp", 8501)])  # fmt: skip
+def test_prometheus_asks_each_pod_of_what_may_have_several_by_the_whole_name(job: str, part: str, port: int) -> None:
+    """One address for all would give now this pod's counters, now that one's. And with a search list, one server that
+    fails to answer for one of the names keeps pods that are gone as targets."""
     found = find(rendered("default"), "ConfigMap", "lawnwatch-prometheus")
     config = yaml.safe_load(found["data"]["prometheus.yml"])
-    (api,) = [each for each in config["scrape_configs"] if each["job_name"] == "api"]
-    assert api["dns_sd_configs"][0]["names"] == ["lawnwatch-api-pods.lawnwatch.svc.cluster.local."]
+    (scraped,) = [each["dns_sd_configs"] for each in config["scrape_configs"] if each["job_name"] == job]
+    assert scraped[0]["names"] == [f"lawnwatch-{part}-pods.lawnwatch.svc.cluster.local."]
+    assert scraped[0]["port"] == port
+    service = find(rendered("default"), "Service", f"lawnwatch-{part}-pods")["spec"]
+    assert (service["clusterIP"], service["publishNotReadyAddresses"]) == ("None", True)
+    assert port in [each["port"] for each in service["ports"]]
+    assert service["selector"]["app.kubernetes.io/component"] == part
 
 
 def test_every_setting_of_prometheus_starts_it_anew() -> None:
@@ -551,6 +724,24 @@ def test_no_setting_is_given_twice(name: str) -> None:
         for each in containers(spec):
             names = [one["name"] for one in each.get("env", [])]
             assert len(names) == len(set(names)), pod
+
+
+def test_everyone_who_asks_a_mysql_with_a_ca_has_the_ca() -> None:
+    """tests/integration/test_database_tls.py connects with these URLs."""
+    asking = 0
+    for pod, spec in pods(rendered("production")):
+        for each in containers(spec):
+            urls = [one["value"] for one in each.get("env", []) if one.get("value", "").startswith("mysql+")]
+            if urls or "pymysql.connect" in str(each.get("args")):
+                asking += 1
+                mounts = {one["name"]: one["mountPath"] for one in each["volumeMounts"]}
+                assert mounts["mysql-ca"] == "/etc/lawnwatch-mysql", (pod, each["name"])
+                (volume,) = [one for one in spec["volumes"] if one["name"] == "mysql-ca"]
+                assert volume["secret"] == {"secretName": "lawnwatch-mysql-ca"}
+            for url in urls:
+                assert "ssl_ca=/etc/lawnwatch-mysql/ca.crt" in url or url.startswith("mysql+aiomysql"), pod
+    assert asking > 10
+    assert not [pod for pod, spec in pods(rendered("default")) if "mysql-ca" in str(spec)]
 
 
 def test_every_claim_outlives_the_release() -> None:

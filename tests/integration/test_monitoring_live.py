@@ -69,7 +69,8 @@ class Platform:
     """The servers that Prometheus scrapes, each at the place that monitoring/prometheus.yml gives it."""
 
     def __init__(self, folder: Path, env: dict[str, str], minio: str) -> None:
-        self.ports = {name: free_port() for name in ("api", "exporter", "web", "web metrics", "prometheus", "alerts")}
+        self.ports = {name: free_port() for name in
+                      ("api", "exporter", "web", "web metrics", "node", "prometheus", "alerts")}  # fmt: skip
         url = {name: f"http://127.0.0.1:{port}" for name, port in self.ports.items()}
         self.url, self.receiver = url, Receiver()
         python = [sys.executable, "-m", "lawnwatch"]
@@ -86,6 +87,11 @@ class Platform:
             partial(answers, url["web"] + "/_stcore/health"), folder / "web",
             env | {"LAWNWATCH_WEBAPP_METRICS_PORT": str(self.ports["web metrics"])},
         )  # fmt: skip
+        self.node = Server(
+            [program("node_exporter", "prometheus-node-exporter"),
+             f"--web.listen-address=127.0.0.1:{self.ports['node']}"],
+            partial(answers, url["node"] + "/metrics"), folder / "node",
+        )  # fmt: skip
         self.alertmanager = Server(
             [program("alertmanager", "prometheus-alertmanager"), f"--config.file={self._alerting(folder)}",
              f"--storage.path={folder / 'alerts'}", "--cluster.listen-address=",
@@ -97,7 +103,7 @@ class Platform:
              f"--storage.tsdb.path={folder / 'tsdb'}", f"--web.listen-address=127.0.0.1:{self.ports['prometheus']}"],
             partial(answers, url["prometheus"] + "/-/ready"), folder / "prometheus",
         )  # fmt: skip
-        self.servers = [self.api, self.exporter, self.web, self.alertmanager, self.prometheus]
+        self.servers = [self.api, self.exporter, self.web, self.node, self.alertmanager, self.prometheus]
 
     def _alerting(self, folder: Path) -> Path:
         """The configuration that is shipped, with a receiver and without its patience."""
@@ -111,14 +117,13 @@ class Platform:
         """The configuration that is shipped, with these addresses and a second for each of its minutes."""
         places = {
             "api": self.ports["api"], "exporter": self.ports["exporter"], "webapp": self.ports["web metrics"],
-            "web-sessions": self.ports["web"], "prometheus": self.ports["prometheus"],
+            "web-sessions": self.ports["web"], "node": self.ports["node"], "prometheus": self.ports["prometheus"],
         }  # fmt: skip
         at = {job: f"127.0.0.1:{port}" for job, port in places.items()} | {"minio": minio.removeprefix("http://")}
         config = yaml.safe_load((ROOT / "monitoring/prometheus.yml").read_text())
         config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
         config["rule_files"] = [str(folder / "rules.yml")]
         config["alerting"]["alertmanagers"][0]["static_configs"] = [{"targets": [f"127.0.0.1:{self.ports['alerts']}"]}]
-        config["scrape_configs"] = [each for each in config["scrape_configs"] if each["job_name"] != "node"]
         for each in config["scrape_configs"]:
             each["static_configs"] = [{"targets": [at[each["job_name"]]]}]
         rules = (ROOT / "monitoring/rules.yml").read_text()
@@ -207,7 +212,7 @@ def platform(
 def test_52_every_panel_has_data_and_a_killed_api_is_an_alert_that_arrives_and_resolves(platform: Platform) -> None:
     for _ in range(10):
         platform.predict(sb.picture(sb.YELLOW))
-    eventually("all targets answer", 60, lambda: len(platform.query("up == 1")) == 6)
+    eventually("all targets answer", 60, lambda: len(platform.query("up == 1")) == 7)
     # MinIO computes what it says of its disks now and then.
     eventually("MinIO knows its size", 90, lambda: bool(platform.query("minio_cluster_capacity_usable_total_bytes")))
     for _ in range(10):

@@ -337,6 +337,12 @@ def test_work_is_repeated_while_the_database_is_away_and_given_up_in_time(catalo
     assert calls == 1, "a refused password is not asked again"
 
 
+def test_a_server_that_wants_tls_is_an_error_that_says_how() -> None:
+    with pytest.raises(Unavailable, match="encrypted connections only") as refused, database_faults():
+        raise sa.exc.OperationalError("SELECT", {}, sqlite3.OperationalError(3159, "insecure transport"))
+    assert "?ssl_ca=FILE" in refused.value.hint
+
+
 # --- importing: what is odd -----------------------------------------------------------------------------------------
 
 

@@ -60,6 +60,26 @@ securityContext:
 {{- if .Values.mysql.enabled }}{{ include "lawnwatch.name" . }}-mysql{{ else }}{{ required "mysql.host is needed when mysql.enabled is false" .Values.mysql.host }}{{ end -}}
 {{- end }}
 
+{{- /* What is added to the URL of a MySQL whose certificate is verified: by the CA and by its name. */}}
+{{- define "lawnwatch.mysqlTls" -}}
+{{- with .Values.mysql.caSecret }}
+{{- if $.Values.mysql.enabled }}{{ fail "mysql.caSecret is for a MySQL of your own: set mysql.enabled=false and mysql.host, or leave it empty" }}{{ end -}}
+?ssl_ca=/etc/lawnwatch-mysql/ca.crt
+{{- end }}
+{{- end }}
+
+{{- /* For those that ask MySQL: nothing, or its CA, on a line of its own. */}}
+{{- define "lawnwatch.mysqlCaMount" -}}
+{{- if .Values.mysql.caSecret }}
+- {name: mysql-ca, mountPath: /etc/lawnwatch-mysql, readOnly: true}
+{{- end }}
+{{- end }}
+{{- define "lawnwatch.mysqlCaVolume" -}}
+{{- with .Values.mysql.caSecret }}
+- {name: mysql-ca, secret: {secretName: {{ . }}}}
+{{- end }}
+{{- end }}
+
 {{- define "lawnwatch.storeEndpoint" -}}
 {{- if .Values.minio.enabled }}http://{{ include "lawnwatch.name" . }}-minio:9000{{ else }}{{ required "minio.endpoint is needed when minio.enabled is false" .Values.minio.endpoint }}{{ end -}}
 {{- end }}
@@ -91,7 +111,7 @@ securityContext:
 {{ include "lawnwatch.secretEnv" (list "DATABASE_PASSWORD" (include "lawnwatch.mysqlSecret" .) "lawnwatch-password") }}
 {{ include "lawnwatch.secretEnv" (list "LAWNWATCH_STORE_SECRET_KEY" (include "lawnwatch.storeSecret" .) "lawnwatch-secret-key") }}
 - {name: LAWNWATCH_ENVIRONMENT, value: {{ .Values.environment | quote }}}
-- {name: LAWNWATCH_DATABASE_URL, value: "mysql+pymysql://lawnwatch:$(DATABASE_PASSWORD)@{{ include "lawnwatch.mysqlHost" . }}:{{ .Values.mysql.port }}/lawnwatch"}
+- {name: LAWNWATCH_DATABASE_URL, value: "mysql+pymysql://lawnwatch:$(DATABASE_PASSWORD)@{{ include "lawnwatch.mysqlHost" . }}:{{ .Values.mysql.port }}/lawnwatch{{ include "lawnwatch.mysqlTls" . }}"}
 - {name: LAWNWATCH_STORE_URL, value: "s3://{{ .Values.minio.buckets.lawnwatch }}"}
 - {name: LAWNWATCH_STORE_ENDPOINT, value: {{ include "lawnwatch.storeEndpoint" . | quote }}}
 - {name: LAWNWATCH_STORE_REGION, value: {{ .Values.minio.region | quote }}}
@@ -138,8 +158,11 @@ securityContext:
 {{ include "lawnwatch.secretEnv" (list "AIRFLOW_DATABASE_PASSWORD" (include "lawnwatch.mysqlSecret" .) "airflow-password") }}
 {{ include "lawnwatch.secretEnv" (list "AIRFLOW__API__SECRET_KEY" (include "lawnwatch.airflowSecret" .) "api-secret-key") }}
 {{ include "lawnwatch.secretEnv" (list "AIRFLOW__API_AUTH__JWT_SECRET" (include "lawnwatch.airflowSecret" .) "jwt-secret") }}
-- {name: AIRFLOW__DATABASE__SQL_ALCHEMY_CONN, value: "mysql+mysqldb://airflow:$(AIRFLOW_DATABASE_PASSWORD)@{{ include "lawnwatch.mysqlHost" . }}:{{ .Values.mysql.port }}/airflow"}
+- {name: AIRFLOW__DATABASE__SQL_ALCHEMY_CONN, value: "mysql+mysqldb://airflow:$(AIRFLOW_DATABASE_PASSWORD)@{{ include "lawnwatch.mysqlHost" . }}:{{ .Values.mysql.port }}/airflow{{ include "lawnwatch.mysqlTls" . }}{{ if .Values.mysql.caSecret }}&ssl_mode=VERIFY_IDENTITY{{ end }}"}
 - {name: AIRFLOW__DATABASE__SQL_ALCHEMY_CONN_ASYNC, value: "mysql+aiomysql://airflow:$(AIRFLOW_DATABASE_PASSWORD)@{{ include "lawnwatch.mysqlHost" . }}:{{ .Values.mysql.port }}/airflow"}
+{{- if .Values.mysql.caSecret }}
+- {name: AIRFLOW__DATABASE__SQL_ALCHEMY_CONNECT_ARGS_ASYNC, value: lawnwatch.airflow_tls.connect_args}
+{{- end }}
 - {name: AIRFLOW__API__WORKERS, value: {{ .Values.airflow.workers | quote }}}
 - {name: AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS, value: "admin:admin"}
 - {name: AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE, value: /opt/airflow/passwords.json}
@@ -157,12 +180,14 @@ securityContext:
 - {name: tmp, mountPath: /tmp}
 - {name: home, mountPath: /var/lib/lawnwatch}
 - {name: airflow, mountPath: /opt/airflow}
+{{- include "lawnwatch.mysqlCaMount" . }}
 {{- end }}
 
 {{- define "lawnwatch.writableVolumes" -}}
 - {name: tmp, emptyDir: {}}
 - {name: home, emptyDir: {}}
 - {name: airflow, emptyDir: {}}
+{{- include "lawnwatch.mysqlCaVolume" . }}
 {{- end }}
 
 {{- /* The Secrets that are made here, with their keys, as JSON; one that a value names is somebody else's. */}}
