@@ -250,7 +250,7 @@ spec:
         )  # fmt: skip
         try:
             client = Airflow(f"http://127.0.0.1:{port}", "admin", secret)
-            until("Airflow answers", 60, lambda: client.healthy() or None)
+            until("Airflow answers", 180, lambda: client.healthy() or None)
             yield client
         finally:
             process.kill()
