@@ -147,11 +147,15 @@ def _wait(what: str, ask: Callable[[], object], refusals: type[Exception] | tupl
 
 
 def _secret(name: str) -> str:
-    """A password from the environment, or from the file that <NAME>_FILE names. Blank ends the program."""
+    """A password from the environment, or from the file that <NAME>_FILE names. Blank or known to all ends it."""
+    from lawnwatch.config import PLACEHOLDERS
+
     file = os.environ.get(f"{name}_FILE")
     value = Path(file).read_text().strip() if file else os.environ.get(name, "")
     if not value:
         sys.exit(f"{name} is not set; `make secrets` or the chart makes it.")
+    if name != "MINIO_ROOT_USER" and value.lower() in PLACEHOLDERS:
+        sys.exit(f"{name} is well-known; choose one of your own.")
     return value
 
 

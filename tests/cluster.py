@@ -52,12 +52,13 @@ class Cluster:
     tag: str
     weights: str
     photos: Path
+    namespace: str = NAMESPACE
 
     # --- kubectl and helm ---------------------------------------------------------------------------------
 
     def kubectl(self, *argv: str, stdin: bytes | None = None, check: bool = True) -> str:
         result = subprocess.run(
-            [program("kubectl"), "-n", NAMESPACE, *argv], input=stdin, capture_output=True, timeout=600
+            [program("kubectl"), "-n", self.namespace, *argv], input=stdin, capture_output=True, timeout=600
         )
         if check and result.returncode != 0:
             raise subprocess.CalledProcessError(
@@ -70,7 +71,7 @@ class Cluster:
 
     def helm(self, *argv: str, timeout: float = 900) -> str:
         found = program("helm", str(Path.home() / ".cache/lawnwatch/bin/helm"))
-        result = subprocess.run([found, "-n", NAMESPACE, *argv], capture_output=True, text=True, timeout=timeout)
+        result = subprocess.run([found, "-n", self.namespace, *argv], capture_output=True, text=True, timeout=timeout)
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout
 
@@ -165,18 +166,18 @@ spec:
         self.kubectl("exec", "-i", "world", "--", "python", "-c", unpack, stdin=archive.getvalue())
 
     def world(self, *argv: str) -> Any:
-        """One order to the world: `ask URL`."""
+        """One order to the world: `ask URL`, or `hold API COUNT BYTES`."""
         return json.loads(self.kubectl("exec", "world", "--", "python", "-c", WORLD, *argv))
 
     @contextmanager
-    def load(self, seconds: float, clients: int, rate: float) -> Iterator[Callable[..., Any]]:
-        """Predictions through a Service, from this machine, for at most so long.
+    def load(self, seconds: float, clients: int, rate: float, tries: int = 1) -> Iterator[Callable[..., Any]]:
+        """Predictions through a Service, from this machine, for at most so long; at rate 0 with no pause.
 
         What it gives stops the load and returns its counts; with `whole=True` it waits until the time is up.
         """
         process = subprocess.Popen(
             [sys.executable, str(WORLD_FILE), "load", f"http://127.0.0.1:{API_PORT}", str(self.photos),
-             str(seconds), str(clients), str(rate)],
+             str(seconds), str(clients), str(rate), str(tries)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -244,12 +245,12 @@ spec:
         )
         port = free_port()
         process = subprocess.Popen(
-            [program("kubectl"), "-n", NAMESPACE, "port-forward", f"svc/{RELEASE}-airflow-api", f"{port}:8080"],
+            [program("kubectl"), "-n", self.namespace, "port-forward", f"svc/{RELEASE}-airflow-api", f"{port}:8080"],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:
             client = Airflow(f"http://127.0.0.1:{port}", "admin", secret)
-            until("Airflow answers", 60, lambda: client.healthy() or None)
+            until("Airflow answers", 180, lambda: client.healthy() or None)
             yield client
         finally:
             process.kill()

@@ -4,11 +4,13 @@ Its image holds Python and nothing of these tests, so this is sent as one text a
 
     python -c THIS                                 serve /tmp/photos and take in alerts on port 8080
     python -c THIS ask URL                         one GET: [status, JSON]
+    python -c THIS hold API COUNT BYTES            so many bodies at once that lack their end for a second: counts
 
 On the tests' own machine it is the clients:
 
-    python THIS load API PHOTOS SECONDS CLIENTS RATE   predictions until the time is up or standard input ends:
-                                                       counts as JSON
+    python THIS load API PHOTOS SECONDS CLIENTS RATE TRIES   predictions until the time is up or standard input ends:
+                                                             counts as JSON; at rate 0 each client sends its next when
+                                                             the last is answered
 """
 
 import collections
@@ -68,13 +70,46 @@ def ask(url):
     return [status, json.loads(body)]
 
 
-def load(api, photos, seconds, clients, rate):
-    """Each client sends at its share of the rate; nothing is tried twice, so every failure counts."""
+def hold(api, count, size):
+    """What becomes of so many bodies of no picture, all on their way at once."""
+    outcomes, lock, piece = collections.Counter(), threading.Lock(), bytes(1_000_000)
+    together = threading.Barrier(count)
+
+    def send():
+        connection = http.client.HTTPConnection(urlsplit(api).netloc, timeout=60)
+        try:
+            connection.putrequest("POST", "/predict")
+            connection.putheader("content-type", "image/jpeg")
+            connection.putheader("content-length", str(size))
+            connection.endheaders()
+            together.wait()
+            for _ in range(size // len(piece)):
+                connection.send(piece)
+            time.sleep(1)
+            connection.send(bytes(size % len(piece)))
+            response = connection.getresponse()
+            outcome = f"{response.status} {json.loads(response.read()).get('code')}"
+        except (OSError, http.client.HTTPException) as error:
+            outcome = type(error).__name__
+        with lock:
+            outcomes[outcome] += 1
+
+    threads = [threading.Thread(target=send) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes
+
+
+def load(api, photos, seconds, clients, rate, tries):
+    """Each client sends at its share of the rate; failures are of the last try, waits since it was due."""
     host = urlsplit(api).netloc
     pictures = [path.read_bytes() for path in sorted(photos.glob("*/*.jpg"))[::7]]
     begun = time.monotonic()
     end = begun + seconds
-    versions, failures, waits, lock = collections.Counter(), collections.Counter(), [], threading.Lock()
+    versions, failures, retried = collections.Counter(), collections.Counter(), collections.Counter()
+    waits, lock = [], threading.Lock()
 
     def stop_with_stdin():
         nonlocal end
@@ -83,36 +118,45 @@ def load(api, photos, seconds, clients, rate):
 
     def client(number):
         connection, sent = None, 0
-        due = time.monotonic() + number / rate
+        due = time.monotonic() + (number / rate if rate else 0)
         while (now := time.monotonic()) < end:
             if now < due:
                 time.sleep(max(0, min(due - now, end - now)))
                 continue
-            due = max(due + clients / rate, now - 1)
+            due = max(due, now - 1) if rate else now
             picture = pictures[(number + sent) % len(pictures)]
             body = (
                 b'--x\r\ncontent-disposition: form-data; name="file"; filename="p"\r\n'
                 b"content-type: image/jpeg\r\n\r\n" + picture + b"\r\n--x--\r\n"
             )
-            try:
-                # A new connection for each few requests, so that new pods get their share.
-                if connection is None or sent % 20 == 0:
-                    connection = http.client.HTTPConnection(host, timeout=30)
-                connection.request("POST", "/predict", body, {"content-type": "multipart/form-data; boundary=x"})
-                response = connection.getresponse()
-                answer = response.read()
-                if response.getheader("connection", "").lower() == "close":
-                    connection = None
-                with lock:
-                    waits.append(time.monotonic() - now)
+            for left in reversed(range(tries)):
+                version = failure = None
+                try:
+                    # A new connection for each few requests, so that new pods get their share.
+                    if connection is None or sent % 20 == 0:
+                        connection = http.client.HTTPConnection(host, timeout=30)
+                    connection.request("POST", "/predict", body, {"content-type": "multipart/form-data; boundary=x"})
+                    response = connection.getresponse()
+                    answer = json.loads(response.read())
+                    if response.getheader("connection", "").lower() == "close":
+                        connection = None
                     if response.status == 200:
-                        versions[str(json.loads(answer)["model"]["version"])] += 1
+                        version = str(answer["model"]["version"])
                     else:
-                        failures[f"{response.status} {json.loads(answer).get('code')}"] += 1
-            except (OSError, http.client.HTTPException) as error:
-                connection = None
+                        failure = f"{response.status} {answer.get('code')}"
+                except (OSError, http.client.HTTPException) as error:
+                    connection, failure = None, type(error).__name__
                 with lock:
-                    failures[type(error).__name__] += 1
+                    if version is not None:
+                        waits.append(time.monotonic() - due)
+                        versions[version] += 1
+                    else:
+                        (retried if left else failures)[failure] += 1
+                if version is not None:
+                    break
+                if left:
+                    time.sleep(0.3)
+            due += clients / rate if rate else 0
             sent += 1
 
     threading.Thread(target=stop_with_stdin, daemon=True).start()
@@ -126,6 +170,7 @@ def load(api, photos, seconds, clients, rate):
         "answered": sum(versions.values()),
         "versions": versions,
         "failures": failures,
+        "retried": retried,
         "per_second": len(waits) / (time.monotonic() - begun),
         "p50": waits[len(waits) // 2] if waits else None,
         "p99": waits[int(len(waits) * 0.99)] if waits else None,
@@ -134,9 +179,10 @@ def load(api, photos, seconds, clients, rate):
 
 if sys.argv[1:2] == ["ask"]:
     sys.stdout.write(json.dumps(ask(sys.argv[2])))
+elif sys.argv[1:2] == ["hold"]:
+    sys.stdout.write(json.dumps(hold(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))
 elif sys.argv[1:2] == ["load"]:
-    sys.stdout.write(
-        json.dumps(load(sys.argv[2], Path(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5]), float(sys.argv[6])))
-    )
+    api, photos, seconds, clients, rate, tries = sys.argv[2:]
+    sys.stdout.write(json.dumps(load(api, Path(photos), float(seconds), int(clients), float(rate), int(tries))))
 else:
     serve()

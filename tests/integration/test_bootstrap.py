@@ -71,6 +71,14 @@ def test_49_a_blank_password_ends_it_before_anything_is_asked() -> None:
     assert done.stderr.startswith("MINIO_ROOT_USER is not set")
 
 
+def test_49_a_well_known_password_ends_it_before_anything_is_asked() -> None:
+    done = bootstrap(
+        "buckets", S3_ENDPOINT="http://127.0.0.1:9", MINIO_ROOT_USER="admin", MINIO_ROOT_PASSWORD="ChangeMe"
+    )
+    assert done.returncode == 1
+    assert done.stderr == "MINIO_ROOT_PASSWORD is well-known; choose one of your own.\n"
+
+
 class Namespace:
     """As much of Kubernetes' API as Secrets need; refuses what the Job's role would not allow."""
 

@@ -20,6 +20,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from lawnwatch.config import PLACEHOLDERS
 from processes import program
 
 pytestmark = pytest.mark.integration
@@ -336,6 +337,21 @@ def test_fault_49_passwords_are_long_and_new_at_every_installation() -> None:
     assert len(made[0]) == 13
     assert all(len(value) >= 40 for value in made[0].values())
     assert not [key for key, value in made[0].items() if made[1][key] == value]
+
+
+@pytest.mark.parametrize("part", ["mysql", "store", "airflow"])
+def test_fault_49_secrets_of_your_own_must_be_named(part: str) -> None:
+    named = [f"secrets.{other}=mine" for other in ("mysql", "store", "airflow") if other != part]
+    result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set",
+                  ",".join(["secrets.create=none", *named]))  # fmt: skip
+    assert result.returncode != 0
+    assert f"secrets.{part} is empty" in result.stderr
+
+
+def test_fault_49_the_chart_and_the_settings_know_the_same_passwords() -> None:
+    """What the chart refuses in a Secret that is there needs a cluster: tests/e2e/test_cluster.py."""
+    (known,) = re.findall(r"\$known := list (.+) }}", (CHART / "templates/_helpers.tpl").read_text())
+    assert set(re.findall(r'"([^"]*)"', known)) == PLACEHOLDERS
 
 
 @pytest.mark.parametrize("name", VALUES)

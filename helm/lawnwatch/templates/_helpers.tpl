@@ -190,15 +190,35 @@ securityContext:
 {{- include "lawnwatch.mysqlCaVolume" . }}
 {{- end }}
 
-{{- /* The Secrets that are made here, with their keys, as JSON; one that a value names is somebody else's. */}}
-{{- define "lawnwatch.secretKeys" -}}
-{{- $wanted := dict
+{{- /* The passwords of each part, as JSON. */}}
+{{- define "lawnwatch.passwords" -}}
+{{- dict
   "mysql" (list "root-password" "lawnwatch-password" "airflow-password" "mlflow-password")
   "store" (list "root-user" "root-password" "lawnwatch-secret-key" "airflow-secret-key" "mlflow-secret-key")
-  "airflow" (list "fernet-key" "api-secret-key" "jwt-secret" "admin-password") }}
+  "airflow" (list "fernet-key" "api-secret-key" "jwt-secret" "admin-password") | toJson }}
+{{- end }}
+
+{{- /* The Secrets that are made here, with their keys, as JSON; one that a value names is somebody else's. */}}
+{{- define "lawnwatch.secretKeys" -}}
 {{- $made := dict }}
-{{- range $part, $keys := $wanted }}
+{{- range $part, $keys := include "lawnwatch.passwords" . | fromJson }}
 {{- if not (index $.Values.secrets $part) }}{{ $_ := set $made (printf "%s-%s" (include "lawnwatch.name" $) $part) $keys }}{{ end }}
 {{- end }}
 {{- toJson $made }}
+{{- end }}
+
+{{- /* Ends Helm before a pod starts with a password that is as good as none. What renders without a cluster sees no Secret. */}}
+{{- define "lawnwatch.refuseKnownPasswords" -}}
+{{- $known := list "" "admin" "changeme" "changethis" "change-me" "default" "minioadmin" "password" "root" "secret" "test" }}
+{{- range $part, $keys := include "lawnwatch.passwords" . | fromJson }}
+{{- if and (eq $.Values.secrets.create "none") (not (index $.Values.secrets $part)) }}
+{{- fail (printf "secrets.%s is empty: with secrets.create=none it names the Secret with the keys %s; or let the chart make one with secrets.create=chart" $part (join ", " $keys)) }}
+{{- end }}
+{{- $name := include (printf "lawnwatch.%sSecret" $part) $ }}
+{{- range $key, $value := (lookup "v1" "Secret" $.Release.Namespace $name).data | default dict }}
+{{- if and (has $key $keys) (ne $key "root-user") (has ($value | b64dec | trim | lower) $known) }}
+{{- fail (printf "Secret %s: %s is blank or well-known; choose one of your own" $name $key) }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- end }}
