@@ -23,7 +23,7 @@ BIG = 30_000_000
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
-    """/big is more than the sockets' buffers hold; /wait never answers."""
+    """/big is more than the sockets' buffers hold; /wait never answers; /full has no room."""
     if scope["type"] == "lifespan":
         while True:
             kind = (await receive())["type"]
@@ -34,6 +34,7 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
         return
+    scope["state"]["refused"] = scope["path"] == "/full"
     body = bytes(BIG) if scope["path"] == "/big" else b"hello"
     await send(
         {"type": "http.response.start", "status": 200, "headers": [(b"content-length", str(len(body)).encode())]}
@@ -100,6 +101,24 @@ async def test_10_an_answer_that_nobody_reads_is_not_kept(headers: tuple[str], m
         writer.transport.resume_reading()  # type: ignore[attr-defined]
         with contextlib.suppress(ConnectionError):
             assert len(await reader.read(-1)) < BIG
+        writer.close()
+
+
+async def test_a_refused_client_that_comes_back_at_once_is_heard_later_and_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server, "REST_SECONDS", 1.0)
+    async with serving() as (_, port):
+        reader, writer = await connected(port, get("/full"))
+        await answer(reader)
+        writer.write(get("/"))
+        again = asyncio.create_task(answer(reader))
+        for _ in range(3):
+            other, _writer = await connected(port, get("/"))
+            assert (await answer(other))[2] == b"hello"
+            await asyncio.sleep(0.1)
+        assert not again.done()
+        assert (await again)[2] == b"hello"
         writer.close()
 
 

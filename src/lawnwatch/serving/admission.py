@@ -191,7 +191,7 @@ class AdmissionMiddleware:
     """The three doors, as ASGI middleware around the guarded paths.
 
     Puts into `scope["state"]`: `body` (bytes), `deadline` (loop time), `arrived` (perf_counter at the head)
-    and `body_seconds`.
+    and `body_seconds`; `refused` (bool) when there was no room.
 
     Args:
         intake: what the POST bodies of a path may be; None where they are not guarded.
@@ -252,6 +252,7 @@ class AdmissionMiddleware:
             if error.status == HTTPStatus.INTERNAL_SERVER_ERROR:
                 raise  # told in a sentence and logged in full further out
             response = problems.of(error, scope["path"])
+            state["refused"] = isinstance(error, Overloaded)
             if header(scope, b"expect"):
                 # The body was announced and never asked for: the connection has no clear next request.
                 response.headers["Connection"] = "close"

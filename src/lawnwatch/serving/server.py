@@ -35,6 +35,9 @@ MAX_HEAD_BYTES = 65_536
 MAX_CONNECTIONS = 2_048
 UNREAD_SECONDS = 10.0  # in which a client takes all that waits for it, or
 UNREAD_BYTES = 500_000  # so much of it
+# After a refusal for want of room a connection is not read for so long. Hundreds that come back at once, whatever
+# Retry-After says, would keep the event loop busy all the time, and the threads that answer wait for the GIL.
+REST_SECONDS = 0.25
 # From the end of draining to that of the process are 30 s: these for what is under way, 1 for it to notice that it was
 # cut, 5 for the watcher, 11 for the records, 1 to spare. The chart kills 5 s later.
 FINISH_SECONDS = 12.0
@@ -139,9 +142,19 @@ class TimedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        answered = self._running
         super().on_response_complete()
-        if self._in_message and not self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if self._in_message:
             self._arm(LINGER_SECONDS)
+        if answered is not None and answered.scope["state"].get("refused"):
+            self.flow.pause_reading()
+            self.loop.call_later(REST_SECONDS, self._wake)
+
+    def _wake(self) -> None:
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
 
     def send_400_response(self, msg: str) -> None:
         """What is not HTTP is told so in the same form as every other error."""
