@@ -49,8 +49,8 @@ test-browser: .venv-dev ## the tests in a real Chromium
 	$(PYTEST) -m e2e $(ARGS)
 
 .PHONY: test-images
-test-images: .venv-dev ## what `make images` built: users, tools, sizes, SBOMs
-	@$(PYTEST) -m images tests/e2e/test_container_images.py $(ARGS)
+test-images: .venv-dev ## what `make images` built: users, tools, sizes, SBOMs, TLS to a database
+	@$(PYTEST) -m images tests/e2e/test_container_images.py tests/integration/test_database_tls.py $(ARGS)
 
 .PHONY: test-compose
 test-compose: .venv-dev ## the platform by docker compose, its pipelines and its page (half an hour; needs `make images`)

@@ -1,14 +1,15 @@
 """A MySQL that takes encrypted connections only, asked with the URLs that the chart renders for it.
 
 mysqlclient and aiomysql, Airflow's drivers, are in the pipeline image and in no development environment: the test that
-connects with them is skipped there.
+connects with them runs them there (`make test-images`).
 """
 
 from __future__ import annotations
 
-import asyncio
-import importlib.util
+import importlib
 import ipaddress
+import json
+import os
 import ssl
 import subprocess
 import sys
@@ -25,7 +26,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from sqlalchemy.ext.asyncio import create_async_engine
 
 from lawnwatch.catalog import Catalog
 from lawnwatch.config import Settings
@@ -170,26 +170,48 @@ def test_airflows_asynchronous_driver_is_given_the_ca_of_the_other_url(
     assert context.check_hostname
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("MySQLdb"), reason="mysqlclient is in the pipeline image only")
-def test_airflow_connects_with_the_servers_ca_and_with_no_other(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    url = server.ask("AIRFLOW__DATABASE__SQL_ALCHEMY_CONN", server.ca)
-    with sa.create_engine(url).connect() as connection:
-        assert connection.execute(CIPHER).one()[1]
-    for refused in (server.ask("AIRFLOW__DATABASE__SQL_ALCHEMY_CONN", server.other), url.set(host=ALIAS)):
-        with pytest.raises(sa.exc.OperationalError, match="certificate"):
-            sa.create_engine(refused).connect()
+@pytest.mark.images
+def test_airflow_connects_with_the_servers_ca_and_with_no_other(server: Server) -> None:
+    def asked(ca: Path, host: str = "127.0.0.1") -> Any:
+        urls = {
+            name: server.ask(name, Path("/ca.crt")).set(host=host).render_as_string(hide_password=False)
+            for name in ("AIRFLOW__DATABASE__SQL_ALCHEMY_CONN", "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN_ASYNC")
+        }
+        environment = [f"--env={name}={url}" for name, url in urls.items()]
+        image = os.environ.get("LAWNWATCH_TEST_REGISTRY", "lawnwatch") + "/pipeline:0.1.0"
+        argv = ["docker", "run", "--rm", "--network=host", "--tmpfs=/tmp", "--tmpfs=/opt/airflow:uid=10001",
+                f"--volume={ca}:/ca.crt:ro", *environment, "--entrypoint=python", image, "-c", ASKS]  # fmt: skip
+        return json.loads(subprocess.run(argv, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
-    async def cipher(ca: Path) -> str:
-        engine = create_async_engine(
-            server.ask("AIRFLOW__DATABASE__SQL_ALCHEMY_CONN_ASYNC", ca), connect_args=_connect_args(monkeypatch, ca)
-        )
-        async with engine.connect() as connection:
-            found = str((await connection.execute(CIPHER)).one()[1])
-        await engine.dispose()
-        return found
+    ciphers = asked(server.ca)
+    assert all("TLS" in cipher for cipher in ciphers), ciphers
+    for refused, refused_too in (asked(server.other), asked(server.ca, host=ALIAS)):
+        assert "certificate" in refused.lower()
+        assert "Can't connect" in refused_too  # all that aiomysql says of it
 
-    assert asyncio.run(cipher(server.ca))
-    with pytest.raises(sa.exc.OperationalError):
-        asyncio.run(cipher(server.other))
+
+# What both drivers, Airflow's and its asynchronous one, say of their connection, or why they have none.
+ASKS = """
+import asyncio, json, os
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import create_async_engine
+from lawnwatch.airflow_tls import connect_args
+
+name, cipher = "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN", sa.text("SHOW STATUS LIKE 'Ssl_cipher'")
+
+def one():
+    with sa.create_engine(os.environ[name]).connect() as connection:
+        return connection.execute(cipher).one()[1]
+
+async def other():
+    async with create_async_engine(os.environ[name + "_ASYNC"], connect_args=connect_args).connect() as connection:
+        return (await connection.execute(cipher)).one()[1]
+
+said = []
+for ask in (one, lambda: asyncio.run(other())):
+    try:
+        said.append(ask())
+    except Exception as error:
+        said.append(f"{error} {error.__cause__}")
+print(json.dumps(said))
+"""
