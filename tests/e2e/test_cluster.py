@@ -116,6 +116,7 @@ def test_1_the_first_release_makes_the_api_ready(cluster: Cluster, note: Note) -
 
 def test_1_a_pod_is_ready_within_seconds(cluster: Cluster, note: Note) -> None:
     (before,) = cluster.pods("api")
+    _autoscaled(cluster, 2, 3)  # which would take away a second pod that it did not ask for
     cluster.kubectl("scale", f"deployment/{RELEASE}-api", "--replicas=2")
     new = until("a second pod is ready", 60, lambda: [
         pod for pod in cluster.pods("api") if pod["metadata"]["uid"] != before["metadata"]["uid"] and cluster.ready(pod)
@@ -131,6 +132,7 @@ def test_1_a_pod_is_ready_within_seconds(cluster: Cluster, note: Note) -> None:
     assert _ended(back)["exitCode"] == 0, "44: it drained and ended by itself within the grace"
     seconds = _start_to_ready(back)
     note("seconds from container start to ready, with the bundle in the cache", seconds)
+    _autoscaled(cluster, 1, 3)
     cluster.kubectl("scale", f"deployment/{RELEASE}-api", "--replicas=1")
     until("one pod is left", 180, lambda: len(cluster.pods("api")) == 1 or None)
     assert seconds <= 3
