@@ -184,6 +184,19 @@ def test_the_first_answer_waits_for_no_training_library_and_no_database() -> Non
     )
 
 
+def test_records_and_keys_are_written_and_read_without_the_orm(settings: Settings) -> None:
+    Catalog(settings).migrate()
+    code = (
+        "import sys; from lawnwatch import history, key_table; from lawnwatch.config import get_settings;"
+        "from lawnwatch.database import Database; here = Database(get_settings()); here.migrate();"
+        "history.list_predictions(here); key_table.list_keys(here);"
+        "print([m for m in ('sqlalchemy', 'sqlalchemy.orm', 'lawnwatch.catalog', 'alembic') if m in sys.modules])"
+    )
+    environment = os.environ | {"LAWNWATCH_HOME": str(settings.home)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "['sqlalchemy']"
+
+
 # --- pictures that are none (1 - 8) -------------------------------------------------------------------------
 
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
