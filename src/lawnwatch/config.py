@@ -64,7 +64,9 @@ class FetchSettings(BaseModel):
 class ImageSettings(BaseModel):
     """What a picture may be."""
 
-    max_pixels: int = Field(50_000_000, ge=1, description="Most pixels of a picture; decided before decoding.")
+    max_pixels: int = Field(
+        50_000_000, ge=1, description="Most pixels of a picture, of a WebP half as many; decided before decoding."
+    )
 
 
 class DataSettings(BaseModel):

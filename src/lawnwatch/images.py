@@ -144,9 +144,12 @@ def _opened(data: bytes, *, max_pixels: int, max_bytes: int | None) -> Iterator[
     except FAULTS as error:
         raise ImageError(f"The picture's header is damaged: {error}.", hint="Send the whole file.") from None
     with image:
-        if image.width * image.height > max_pixels:
+        # libwebp decodes whole pictures only, and takes twice the memory for each pixel.
+        allowed = max_pixels // 2 if image.format == "WEBP" else max_pixels
+        if image.width * image.height > allowed:
             raise TooManyPixels(
-                f"The picture has {image.width} × {image.height} pixels; at most {max_pixels:,} are allowed.",
+                f"The picture has {image.width} × {image.height} pixels; at most {allowed:,} are allowed of a "
+                f"{image.format} picture.",
                 hint="Send a smaller picture.",
             )
         try:

@@ -278,9 +278,17 @@ def test_07_one_pixel_is_a_picture() -> None:
 def test_07_too_many_pixels_are_refused_by_the_header(side: int) -> None:
     for data in (png(side, side, b""), jpeg_of_size(side, side), webp_of_size(min(side, 16_383), 9_000)):
         for look in (images.inspect, images.decode):
-            with pytest.raises(TooManyPixels, match=f"{CAP:,}") as refused:
+            with pytest.raises(TooManyPixels, match=f"{CAP:,}|{CAP // 2:,}") as refused:
                 look(data, max_pixels=CAP)
             assert (refused.value.status, refused.value.code) == (422, "too_many_pixels")
+
+
+def test_46_a_webp_may_have_half_as_many_pixels() -> None:
+    """Its pixels cost twice the memory: tests/integration/test_image_memory.py."""
+    assert images.decode(saved(scene(50, 40), "WEBP"), max_pixels=4000).shape == (224, 224, 3)
+    with pytest.raises(TooManyPixels, match="50 × 40 pixels; at most 1,999 are allowed of a WEBP"):
+        images.decode(saved(scene(50, 40), "WEBP"), max_pixels=3999)
+    assert images.decode(saved(scene(50, 40)), max_pixels=2000).shape == (224, 224, 3)
 
 
 def remark(megabytes: int) -> bytes:
