@@ -50,7 +50,8 @@ ARG SOURCE_DATE_EPOCH
 RUN /opt/build/bin/python -m hatchling build -t wheel -d dist \
  && /opt/build/bin/uv pip install --python /opt/venv/bin/python --no-deps dist/*.whl \
  && python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib \
- && rm -f /opt/venv/.lock
+ && sed -i /uv_cache.json/d /opt/venv/lib/python*/site-packages/*.dist-info/RECORD \
+ && rm -f /opt/venv/.lock /opt/venv/lib/python*/site-packages/*.dist-info/uv_cache.json
 
 # The base without what a server never reads; copied onto nothing, so that it is gone from the image too.
 FROM python:3.11-slim-bookworm AS root

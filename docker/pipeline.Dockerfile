@@ -20,7 +20,8 @@ ARG SOURCE_DATE_EPOCH
 RUN /opt/build/bin/python -m hatchling build -t wheel -d dist \
  && /opt/build/bin/uv pip install --python /opt/venv/bin/python --no-deps --target /opt/lawnwatch/lib dist/*.whl \
  && python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/lawnwatch/lib \
- && rm -f /opt/venv/.lock /opt/lawnwatch/lib/.lock
+ && sed -i /uv_cache.json/d /opt/lawnwatch/lib/*.dist-info/RECORD \
+ && rm -f /opt/venv/.lock /opt/lawnwatch/lib/.lock /opt/lawnwatch/lib/*.dist-info/uv_cache.json  # says when it was built
 
 FROM python:3.11-slim-bookworm
 RUN apt-get update && apt-get install -y --no-install-recommends libmariadb3 && rm -rf /var/lib/apt/lists/* \
