@@ -6,11 +6,9 @@ connects with them runs them there (`make test-images`).
 
 from __future__ import annotations
 
-import importlib
 import ipaddress
 import json
 import os
-import ssl
 import subprocess
 import sys
 from collections.abc import Callable
@@ -150,24 +148,23 @@ def test_catalog_and_mlflow_connect_with_the_servers_ca_and_all_else_is_told_wha
     assert "add ?ssl_ca=FILE" in refused.value.hint
 
 
-def _connect_args(monkeypatch: pytest.MonkeyPatch, ca: Path) -> dict[str, Any]:
-    """What Airflow hands to its asynchronous driver: an attribute of a module, by its name."""
-    importlib.import_module("airflow.configuration")  # before it reads of a MySQL, for which it wants mysqlclient
-    monkeypatch.setenv("AIRFLOW__DATABASE__SQL_ALCHEMY_CONN", f"mysql+mysqldb://airflow:x@db.example/a?ssl_ca={ca}")
+def test_airflows_asynchronous_driver_is_given_the_ca_of_the_other_url(tmp_path: Path) -> None:
+    """In a process of its own: Airflow's configuration is one for a whole process, its logging too."""
+    ca = tmp_path / "ours.crt"
+    _authority(ca)
     module, _, attribute = _environment()["AIRFLOW__DATABASE__SQL_ALCHEMY_CONNECT_ARGS_ASYNC"].rpartition(".")
-    sys.modules.pop(module, None)
-    found: dict[str, Any] = getattr(importlib.import_module(module), attribute)
-    return found
-
-
-def test_airflows_asynchronous_driver_is_given_the_ca_of_the_other_url(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _authority(tmp_path / "ours.crt")
-    context = _connect_args(monkeypatch, tmp_path / "ours.crt")["ssl"]
-    assert [each["subject"] for each in context.get_ca_certs()] == [((("commonName", "ours"),),)]
-    assert context.verify_mode == ssl.CERT_REQUIRED
-    assert context.check_hostname
+    code = (
+        "import json, os, airflow.configuration;"  # before it reads of a MySQL, for which it wants mysqlclient
+        f"os.environ['AIRFLOW__DATABASE__SQL_ALCHEMY_CONN'] = 'mysql://a:x@db.example/a?ssl_ca={ca}';"
+        f"from {module} import {attribute} as found; context = found['ssl'];"
+        "print(json.dumps([[one['subject'] for one in context.get_ca_certs()], context.verify_mode.name,"
+        " context.check_hostname]))"
+    )
+    environment = os.environ | {"AIRFLOW_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    authorities, mode, named = json.loads(done.stdout.splitlines()[-1])
+    assert authorities == [[[["commonName", "ours"]]]]
+    assert (mode, named) == ("CERT_REQUIRED", True)
 
 
 @pytest.mark.images
