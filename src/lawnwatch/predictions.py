@@ -27,7 +27,7 @@ LINGER = 0.5  # seconds that the first row of a batch waits for company: a trans
 PAGE = 200  # most records of one page
 STORE_PAUSE = 30.0  # seconds without a picture after one could not be put: records do not wait for a store that is down
 STORE_PATIENCE = 10.0  # seconds that a batch of records waits for its pictures
-QUEUED_IMAGE_BYTES = 16_000_000  # pictures waiting for the store; beyond it a record goes without its picture
+QUEUED_IMAGE_BYTES = 8_000_000  # pictures waiting for the store, or one that is larger; beyond it records go without
 
 DropReason = Literal["queue_full", "database", "closing", "image_queue_full", "image_store"]
 DROP_REASONS: tuple[DropReason, ...] = (
@@ -147,7 +147,7 @@ class PredictionWriter:
             return False
         if image is not None:
             with self._lock:
-                fits = self._image_bytes + len(image) <= QUEUED_IMAGE_BYTES
+                fits = not self._image_bytes or self._image_bytes + len(image) <= QUEUED_IMAGE_BYTES
                 self._image_bytes += len(image) if fits else 0
             if not fits:
                 self._drop("image_queue_full")

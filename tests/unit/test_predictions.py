@@ -304,6 +304,21 @@ def test_pictures_that_wait_are_bounded_in_bytes(catalog: Catalog, monkeypatch: 
     assert writer.written == 4
 
 
+def test_a_picture_larger_than_what_may_wait_is_kept_when_none_waits(
+    catalog: Catalog, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predictions, "QUEUED_IMAGE_BYTES", 1000)
+    writer = PredictionWriter(partial(history.insert, catalog), lambda: store, capacity=10)
+    large = prediction()
+    writer.record(large, b"x" * 5000)
+    writer.record(prediction(), b"x")
+    assert writer.close()
+    assert writer.drops["image_queue_full"] == 1
+    key = get_prediction(catalog, large.prediction_id).image_key
+    assert key is not None
+    assert len(store.get(key)) == 5000
+
+
 def test_a_pool_without_a_free_connection_is_a_database_that_does_not_answer(
     catalog: Catalog, store: ObjectStore
 ) -> None:
