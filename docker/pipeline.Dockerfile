@@ -24,7 +24,7 @@ RUN /opt/build/bin/python -m hatchling build -t wheel -d dist \
  && rm -f /opt/venv/.lock /opt/lawnwatch/lib/.lock /opt/lawnwatch/lib/*.dist-info/uv_cache.json  # says when it was built
 
 FROM python:3.11-slim-bookworm
-RUN apt-get update && apt-get install -y --no-install-recommends libmariadb3 && rm -rf /var/lib/apt/lists/* \
+RUN apt-get update && apt-get install -y --no-install-recommends libmariadb3 && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin \
  && rm -rf /usr/local/lib/python3.11/site-packages/* /usr/lib/python3/dist-packages/* /usr/local/bin/pip* /usr/bin/pip* \
  && echo "lawnwatch:x:10001:10001::/var/lib/lawnwatch:/usr/sbin/nologin" >> /etc/passwd \
  && echo "lawnwatch:x:10001:" >> /etc/group \
