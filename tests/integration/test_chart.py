@@ -339,6 +339,25 @@ def test_fault_49_passwords_are_long_and_new_at_every_installation() -> None:
     assert not [key for key, value in made[0].items() if made[1][key] == value]
 
 
+@pytest.mark.parametrize(
+    ("named", "made"),
+    [
+        ("secrets.mysql=mine", ["lawnwatch-airflow", "lawnwatch-store"]),
+        ("secrets.mysql=mine,secrets.store=mine,secrets.airflow=mine", None),
+    ],
+)
+def test_fault_50_the_job_that_makes_secrets_may_never_read_any_other(named: str, made: list[str] | None) -> None:
+    """To Kubernetes a rule for no name is a rule for every name."""
+    text = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set",
+                f"secrets.create=job,{named}").stdout  # fmt: skip
+    roles = {each["metadata"]["name"]: each["rules"] for each in yaml.safe_load_all(text)
+             if each and each["kind"] == "Role"}  # fmt: skip
+    assert [rule["resourceNames"] for rule in roles.get("lawnwatch-secrets", []) if "get" in rule["verbs"]] == (
+        [made] if made else []
+    )
+    assert ("lawnwatch-secrets" in text) == bool(made)
+
+
 @pytest.mark.parametrize("part", ["mysql", "store", "airflow"])
 def test_fault_49_secrets_of_your_own_must_be_named(part: str) -> None:
     named = [f"secrets.{other}=mine" for other in ("mysql", "store", "airflow") if other != part]
