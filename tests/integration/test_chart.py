@@ -689,6 +689,46 @@ def test_an_operators_prometheus_finds_the_monitors_and_their_ports() -> None:
             assert {one["port"] for one in each["spec"]["endpoints"]} <= ports
 
 
+def test_an_operators_prometheus_alerts_for_this_namespace_and_no_other(tmp_path: Path) -> None:
+    """It watches the whole cluster: others' targets, jobs of the same name, a second installation."""
+    rules = find(rendered("operator"), "PrometheusRule", "lawnwatch")["spec"]
+    assert 'absent(up{namespace="lawnwatch",job="api"})' in json.dumps(rules).replace("\\", "")
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules))
+
+    def series(namespace: str) -> list[Object]:
+        """What makes every alert but those of the nodes fire."""
+        tests = yaml.safe_load((ROOT / "monitoring/rules_test.yml").read_text())["tests"]
+        fired = [test for test in tests if test["alert_rule_test"][0]["exp_alerts"]]
+        return [
+            {
+                "interval": test["interval"],
+                "input_series": [
+                    {"series": re.sub(r"^(\w+)\{?", rf'\1{{namespace="{namespace}",', one["series"]).rstrip("}") + "}",
+                     "values": one["values"]}
+                    for one in test["input_series"]
+                ],
+                "promql_expr_test": [
+                    {
+                        "expr": f'count(ALERTS{{alertname="{name}",alertstate="firing"}})',
+                        "eval_time": test["alert_rule_test"][0]["eval_time"],
+                        "exp_samples": [{"value": len(test["alert_rule_test"][0]["exp_alerts"])}]
+                        if namespace == "lawnwatch"
+                        else [],
+                    }
+                ],
+            }
+            for test in fired
+            if (name := test["alert_rule_test"][0]["alertname"]) not in ("DiskLow", "TargetMissing")
+        ]  # fmt: skip
+
+    for namespace in ("lawnwatch", "elsewhere"):
+        case = {"rule_files": ["rules.yml"], "evaluation_interval": "1m", "tests": series(namespace)}
+        (tmp_path / "tests.yml").write_text(yaml.safe_dump(case))
+        checked = subprocess.run([program("promtool"), "test", "rules", "tests.yml"], cwd=tmp_path,
+                                 capture_output=True, text=True)  # fmt: skip
+        assert checked.returncode == 0, (namespace, checked.stdout + checked.stderr)
+
+
 @pytest.mark.parametrize(("job", "part", "port"), [("api", "api", 8000), ("webapp", "webapp", 9106),
                                                    ("web-sessions", "webapp", 8501)])  # fmt: skip
 def test_prometheus_asks_each_pod_of_what_may_have_several_by_the_whole_name(job: str, part: str, port: int) -> None:
