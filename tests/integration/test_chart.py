@@ -186,6 +186,28 @@ def test_a_ca_for_the_mysql_that_the_chart_brings_is_an_error_that_says_so() -> 
     assert "mysql.caSecret is for a MySQL of your own" in result.stderr
 
 
+def test_every_pod_is_scheduled_as_the_values_say() -> None:
+    text = helm(
+        "template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set",
+        "scheduling.nodeSelector.pool=ml,scheduling.priorityClassName=high,scheduling.tolerations[0].operator=Exists,"
+        "scheduling.affinity.nodeAffinity.x=y,secrets.create=job",
+    ).stdout  # fmt: skip
+    made = dict(pods([each for each in yaml.safe_load_all(text) if each]))
+    assert len(made) > 12
+    for pod, spec in made.items():
+        assert spec["nodeSelector"] == {"pool": "ml"}, pod
+        assert spec["priorityClassName"] == "high", pod
+        assert spec["tolerations"] == [{"operator": "Exists"}], pod
+        assert spec["affinity"] == {"nodeAffinity": {"x": "y"}}, pod
+
+
+def test_every_pod_may_pull_from_a_private_registry() -> None:
+    text = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set",
+                "image.pullSecrets={mine},monitoring.nodeExporter.enabled=true,secrets.create=job").stdout  # fmt: skip
+    for pod, spec in pods([each for each in yaml.safe_load_all(text) if each]):
+        assert spec["imagePullSecrets"] == [{"name": "mine"}], pod
+
+
 def test_an_operator_that_is_not_there_is_an_error_that_says_so() -> None:
     result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set", "monitoring.operator=true")
     assert result.returncode != 0

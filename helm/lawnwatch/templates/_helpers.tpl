@@ -31,9 +31,10 @@ imagePullPolicy: {{ $root.Values.image.pullPolicy }}
 serviceAccountName: {{ printf "%s-%s" (include "lawnwatch.name" $root) (index . 2) }}
 enableServiceLinks: false    # LAWNWATCH_API_PORT=tcp://… would look like a setting of ours
 automountServiceAccountToken: {{ has (index . 2) (list "airflow" "rollout" "secrets") }}
-{{- with $root.Values.image.pullSecrets }}
-imagePullSecrets: {{- range . }}
-  - name: {{ . }}
+{{- include "lawnwatch.pullSecrets" $root }}
+{{- range $field, $value := $root.Values.scheduling }}
+{{- if $value }}
+{{ $field }}: {{ toJson $value }}
 {{- end }}
 {{- end }}
 securityContext:
@@ -43,6 +44,14 @@ securityContext:
   fsGroup: {{ index . 1 }}
   fsGroupChangePolicy: OnRootMismatch
   seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
+{{- define "lawnwatch.pullSecrets" }}
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets: {{- range . }}
+  - name: {{ . }}
+{{- end }}
+{{- end }}
 {{- end }}
 
 {{- define "lawnwatch.container" -}}
