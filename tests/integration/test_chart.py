@@ -166,6 +166,8 @@ def plain(value: Any) -> Any:
         ("api.drainSeconds=soon", "drainSeconds"),
         ("secrets.create=true", "create"),
         ("mysql.storage=lots", "storage"),
+        ("airflow.steps.trian.cpu=500m,airflow.steps.trian.memory=1Gi", "trian"),
+        ("api.resources.requests.cpu=-1", "cpu"),
     ],
 )
 def test_a_value_that_is_not_known_or_not_possible_is_an_error_that_names_it(setting: str, named: str) -> None:
@@ -184,6 +186,39 @@ def test_a_ca_for_the_mysql_that_the_chart_brings_is_an_error_that_says_so() -> 
     result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set", "mysql.caSecret=ca")
     assert result.returncode != 0
     assert "mysql.caSecret is for a MySQL of your own" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("mysql.host=db.example.org", "mysql.host is for a MySQL of your own"),
+        ("minio.endpoint=https://s3.example.org", "are for an S3 of your own"),
+        ("minio.buckets.lawnwatch=photos", "are for an S3 of your own"),
+        ("minio.accessKeys.mlflow=AKIA", "are for an S3 of your own"),
+        (
+            "monitoring.enabled=false,monitoring.alertmanager.webhookUrl=http://x",
+            "is for the Alertmanager of this chart",
+        ),
+    ],
+)
+def test_a_value_that_the_others_leave_no_use_for_is_an_error_that_says_so(setting: str, said: str) -> None:
+    """Otherwise catalog and pictures go into the bundled servers, or into a bucket that nobody makes."""
+    result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set", setting)
+    assert result.returncode != 0
+    assert said in result.stderr
+
+
+def test_a_whole_core_may_be_a_number() -> None:
+    result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set",
+                  "api.resources.requests.cpu=1")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_schema_knows_the_steps_of_the_dags() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    words = set(schema["properties"]["airflow"]["properties"]["steps"]["propertyNames"]["enum"])
+    texts = [file.read_text() for file in (ROOT / "dags").glob("*.py")]
+    assert set(re.findall(r'step\(\s*"\w+",\s*"(\w+)"', "".join(texts))) == words
 
 
 def test_every_pod_is_scheduled_as_the_values_say() -> None:

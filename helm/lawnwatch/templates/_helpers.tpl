@@ -66,6 +66,7 @@ securityContext:
 {{- define "lawnwatch.airflowSecret" -}}{{ .Values.secrets.airflow | default (printf "%s-airflow" (include "lawnwatch.name" .)) }}{{- end }}
 
 {{- define "lawnwatch.mysqlHost" -}}
+{{- if and .Values.mysql.enabled .Values.mysql.host }}{{ fail "mysql.host is for a MySQL of your own: set mysql.enabled=false, too, or leave it empty" }}{{ end -}}
 {{- if .Values.mysql.enabled }}{{ include "lawnwatch.name" . }}-mysql{{ else }}{{ required "mysql.host is needed when mysql.enabled is false" .Values.mysql.host }}{{ end -}}
 {{- end }}
 
@@ -90,6 +91,10 @@ securityContext:
 {{- end }}
 
 {{- define "lawnwatch.storeEndpoint" -}}
+{{- $names := dict "lawnwatch" "lawnwatch" "airflow" "airflow-logs" "mlflow" "mlflow" }}
+{{- if and .Values.minio.enabled (or .Values.minio.endpoint (ne (toJson .Values.minio.buckets) (toJson $names)) (ne (toJson .Values.minio.accessKeys) (toJson $names))) }}
+{{- fail "minio.endpoint, minio.buckets and minio.accessKeys are for an S3 of your own: set minio.enabled=false, too, or leave them as they are" }}
+{{- end -}}
 {{- if .Values.minio.enabled }}http://{{ include "lawnwatch.name" . }}-minio:9000{{ else }}{{ required "minio.endpoint is needed when minio.enabled is false" .Values.minio.endpoint }}{{ end -}}
 {{- end }}
 
