@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -25,3 +28,24 @@ def test_every_port_is_on_loopback_and_can_be_moved_by_a_name_that_the_docs_know
             names.append(found[1])
     assert len(names) == len(set(names))
     assert set(names) == documented
+
+
+@pytest.mark.parametrize("password", ["Zx9!kQ", 'a"b\\c', "ünder%s $HOME"])
+def test_airflow_knows_whatever_password_its_admin_chose(password: str, tmp_path: Path) -> None:
+    """In the compose file and in the chart's manifests alike: the file is JSON."""
+    pods = yaml.safe_load_all((ROOT / "k8s/base/airflow.yaml").read_text())
+    (deployed,) = [each["spec"]["template"]["spec"]["containers"][0] for each in pods
+                   if each["kind"] == "Deployment" and each["metadata"]["name"] == "lawnwatch-airflow-api"]  # fmt: skip
+    composed = SERVICES["airflow-api"]["command"][2].replace("$$", "$")
+    for script in (deployed["command"][2], composed):
+        file = tmp_path / "passwords.json"
+        script = script.replace("/opt/airflow/passwords.json", str(file)).replace("exec airflow api-server", "env")
+        ran = subprocess.run(
+            ["sh", "-c", script], env={"PATH": os.environ["PATH"], "ADMIN_PASSWORD": password},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stderr
+        assert json.loads(file.read_text()) == {"admin": password}
+        assert file.stat().st_mode & 0o077 == 0
+        assert "ADMIN_PASSWORD" not in ran.stdout
+        file.unlink()
