@@ -30,6 +30,12 @@ def test_every_port_is_on_loopback_and_can_be_moved_by_a_name_that_the_docs_know
     assert set(names) == documented
 
 
+def test_whatever_asks_the_api_has_its_key() -> None:
+    asking = {name for name, each in SERVICES.items() if "LAWNWATCH_API_URL" in each.get("environment", {})}
+    assert {"webapp", "webapp-dev"} <= asking
+    assert not [name for name in asking if "LAWNWATCH_API_KEY" not in SERVICES[name]["environment"]]
+
+
 @pytest.mark.parametrize("password", ["Zx9!kQ", 'a"b\\c', "ünder%s $HOME"])
 def test_airflow_knows_whatever_password_its_admin_chose(password: str, tmp_path: Path) -> None:
     """In the compose file and in the chart's manifests alike: the file is JSON."""
