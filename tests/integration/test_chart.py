@@ -881,3 +881,11 @@ def test_every_claim_outlives_the_release() -> None:
         assert each["kind"] != "PersistentVolumeClaim", "Helm would delete it with the release"
         if each["kind"] == "StatefulSet":
             assert "persistentVolumeClaimRetentionPolicy" not in each["spec"]
+
+
+def test_mysql_keeps_its_log_of_changes_for_days_and_not_for_a_month() -> None:
+    """MySQL 8.4 writes one that nobody reads here; thirty days of Airflow's heartbeats may fill a small volume."""
+    composed = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["mysql"]["command"]
+    (deployed,) = dict(pods(rendered("default")))["StatefulSet/lawnwatch-mysql"]["containers"]
+    for argv in (composed, deployed["args"]):
+        assert "--binlog-expire-logs-seconds=259200" in argv
