@@ -858,6 +858,34 @@ def test_no_setting_is_given_twice(name: str) -> None:
             assert len(names) == len(set(names)), pod
 
 
+def test_a_setting_of_ones_own_takes_the_place_of_the_charts() -> None:
+    ours = {"env": ("LAWNWATCH_LOG_JSON", "LAWNWATCH_WEIGHTS", "MLFLOW_HTTP_REQUEST_TIMEOUT"),
+            "airflow.env": ("AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION", "AIRFLOW__API__WORKERS",
+                            "AIRFLOW__API__SECRET_KEY")}  # fmt: skip
+    chosen = ",".join(f"{value}.{name}=mine" for value, names in ours.items() for name in names)
+    text = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set-string", chosen).stdout
+    seen = set()
+    for pod, spec in pods([each for each in yaml.safe_load_all(text) if each]):
+        for each in containers(spec):
+            environment = each.get("env", [])
+            names = [one["name"] for one in environment]
+            assert len(names) == len(set(names)), pod
+            seen |= {(pod, one["name"]) for one in environment if one.get("value") == "mine"}
+    airflow = {("Deployment/lawnwatch-airflow-api", name) for names in ours.values() for name in names}
+    assert (
+        airflow | {(WORKER, name) for name in ours["env"]} | {("Deployment/lawnwatch-api", "LAWNWATCH_LOG_JSON")}
+        <= seen
+    )
+
+
+@pytest.mark.parametrize("name", ["MODEL_VERSION", "MODEL_SHA256", "DRAIN_SECONDS"])
+def test_a_setting_that_belongs_to_a_rollout_or_to_a_value_is_an_error_that_names_it(name: str) -> None:
+    result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set-string",
+                  f"env.LAWNWATCH_SERVING__{name}=1")  # fmt: skip
+    assert result.returncode != 0
+    assert name in result.stderr
+
+
 def test_everyone_who_asks_a_mysql_with_a_ca_has_the_ca() -> None:
     """tests/integration/test_database_tls.py connects with these URLs."""
     asking = 0

@@ -119,8 +119,19 @@ securityContext:
 {{- end }}
 {{- end }}
 
+{{- /* Settings of ours, with somebody's own in the place of those of the same name: (list TEXT VALUES). */}}
+{{- define "lawnwatch.overridden" -}}
+{{- $text := index . 0 }}
+{{- range $key, $_ := index . 1 }}{{ $text = regexReplaceAll (printf "(?m)^- ({name: %s, .*|name: %s\n.*)\n?" $key $key) $text "" }}{{ end -}}
+{{ trim $text }}
+{{- range $key, $value := index . 1 }}
+- {name: {{ $key }}, value: {{ $value | quote }}}
+{{- end }}
+{{- end }}
+
 {{- /* The settings of lawnwatch: API and every step. */}}
-{{- define "lawnwatch.env" -}}
+{{- define "lawnwatch.env" }}{{ include "lawnwatch.overridden" (list (include "lawnwatch.envOfOurs" .) .Values.env) }}{{ end }}
+{{- define "lawnwatch.envOfOurs" -}}
 {{- $name := include "lawnwatch.name" . -}}
 {{ include "lawnwatch.secretEnv" (list "DATABASE_PASSWORD" (include "lawnwatch.mysqlSecret" .) "lawnwatch-password") }}
 {{ include "lawnwatch.secretEnv" (list "LAWNWATCH_STORE_SECRET_KEY" (include "lawnwatch.storeSecret" .) "lawnwatch-secret-key") }}
@@ -137,15 +148,13 @@ securityContext:
 - {name: LAWNWATCH_ROLLOUT__NAMESPACE, value: {{ .Release.Namespace }}}
 - {name: LAWNWATCH_ROLLOUT__SERVICE_ACCOUNT, value: {{ $name }}-rollout}
 - {name: LAWNWATCH_LOG_JSON, value: "true"}
-{{- range $key, $value := .Values.env }}
-- {name: {{ $key }}, value: {{ $value | quote }}}
-{{- end }}
 {{- end }}
 
 {{- /* What Airflow's own processes and its task pods share. */}}
-{{- define "lawnwatch.taskEnv" -}}
+{{- define "lawnwatch.taskEnv" }}{{ include "lawnwatch.overridden" (list (include "lawnwatch.taskEnvOfOurs" .) .Values.env) }}{{ end }}
+{{- define "lawnwatch.taskEnvOfOurs" -}}
 {{- $name := include "lawnwatch.name" . -}}
-{{ include "lawnwatch.env" . }}
+{{ include "lawnwatch.envOfOurs" . }}
 - {name: LAWNWATCH_WEIGHTS, value: {{ .Values.weights | quote }}}
 - {name: LAWNWATCH_PUBLIC_URL, value: {{ include "lawnwatch.publicUrl" . | quote }}}
 {{- include "lawnwatch.apiKeyEnv" . }}
@@ -166,7 +175,8 @@ securityContext:
 {{- end }}
 
 {{- /* Airflow's own processes: they alone reach its database and know its keys. */}}
-{{- define "lawnwatch.airflowEnv" -}}
+{{- define "lawnwatch.airflowEnv" }}{{ include "lawnwatch.overridden" (list (include "lawnwatch.airflowEnvOfOurs" .) .Values.airflow.env) }}{{ end }}
+{{- define "lawnwatch.airflowEnvOfOurs" -}}
 {{- $name := include "lawnwatch.name" . -}}
 {{ include "lawnwatch.taskEnv" . }}
 {{ include "lawnwatch.secretEnv" (list "AIRFLOW_DATABASE_PASSWORD" (include "lawnwatch.mysqlSecret" .) "airflow-password") }}
@@ -185,9 +195,6 @@ securityContext:
 - {name: AIRFLOW__KUBERNETES_EXECUTOR__DELETE_WORKER_PODS_ON_FAILURE, value: "true"}
 - {name: AIRFLOW__KUBERNETES_EXECUTOR__WORKER_PODS_CREATION_BATCH_SIZE, value: "4"}
 - {name: AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT, value: "120"}
-{{- range $key, $value := .Values.airflow.env }}
-- {name: {{ $key }}, value: {{ $value | quote }}}
-{{- end }}
 {{- end }}
 
 {{- define "lawnwatch.writableMounts" -}}
