@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -847,6 +848,39 @@ def test_links_to_reports_begin_where_a_browser_reaches_the_api(settings: str, u
     environments = _environments("--set", settings)
     for pod in (WORKER, "Deployment/lawnwatch-airflow-scheduler"):
         assert environments[pod]["LAWNWATCH_PUBLIC_URL"]["value"] == url
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            "ingress.enabled=true,ingress.host=lawn.example",
+            "http://lawn.example and the API at http://lawn.example/api/",
+        ),
+        (
+            "ingress.enabled=true,ingress.host=lawn.example,ingress.tlsSecret=c",
+            "the web page is at https://lawn.example ",
+        ),
+        (
+            "httpRoute.enabled=true,httpRoute.gateway=g,httpRoute.host=lawn.example",
+            "web page is at https://lawn.example ",
+        ),
+        ("api.replicas=2", None),
+    ],
+)
+def test_the_notes_say_where_a_browser_finds_the_page(settings: str, said: str | None, tmp_path: Path) -> None:
+    """Only an install shows the notes, so here they are an object's."""
+    chart = tmp_path / "lawnwatch"
+    shutil.copytree(CHART, chart)
+    notes = (chart / "templates/NOTES.txt").read_text()
+    text = f'{{{{ define "notes" }}}}{notes}{{{{ end }}}}notes: {{{{ include "notes" . | toJson }}}}'
+    (chart / "templates/notes.yaml").write_text(text)
+    result = helm("template", "lawnwatch", str(chart), "--kube-version=1.34.0", "--show-only=templates/notes.yaml",
+                  "--set", settings)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    shown = yaml.safe_load(result.stdout)["notes"]
+    assert "port-forward svc/lawnwatch-webapp" in shown
+    assert said in shown if said else "From outside" not in shown
 
 
 @pytest.mark.parametrize("name", VALUES)
