@@ -938,6 +938,17 @@ def test_everyone_who_asks_a_mysql_with_a_ca_has_the_ca() -> None:
     assert not [pod for pod, spec in pods(rendered("default")) if "mysql-ca" in str(spec)]
 
 
+def test_a_chart_packaged_with_a_build_in_its_version_gives_labels_that_kubernetes_takes(tmp_path: Path) -> None:
+    chart = tmp_path / "lawnwatch"
+    shutil.copytree(CHART, chart)
+    about = (chart / "Chart.yaml").read_text()
+    (chart / "Chart.yaml").write_text(re.sub(r"ersion: \"?0\.1\.0\"?", "ersion: 0.1.0+69810de", about))
+    text = helm("template", "lawnwatch", str(chart), "--kube-version=1.34.0", "--set", "image.tag=0.1.0").stdout
+    labels = {value for each in yaml.safe_load_all(text) if each for value in each["metadata"]["labels"].values()}
+    assert {"lawnwatch-0.1.0_69810de", "0.1.0_69810de"} <= labels
+    assert not [value for value in labels if not re.fullmatch(r"[A-Za-z0-9]([\w.-]{,61}[A-Za-z0-9])?", value)]
+
+
 def test_every_claim_outlives_the_release() -> None:
     for each in rendered("default"):
         assert each["kind"] != "PersistentVolumeClaim", "Helm would delete it with the release"
