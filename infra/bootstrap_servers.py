@@ -74,13 +74,21 @@ def databases() -> None:
     import pymysql
 
     host, port = os.environ["MYSQL_HOST"], int(os.environ.get("MYSQL_PORT", "3306"))
-    connection = _wait(
-        f"MySQL at {host}:{port}",
-        lambda: pymysql.connect(
-            host=host, port=port, user="root", password=_secret("MYSQL_ROOT_PASSWORD"), connect_timeout=5
-        ),
-        pymysql.err.OperationalError,
-    )
+
+    def connect() -> pymysql.Connection:
+        try:
+            return pymysql.connect(
+                host=host, port=port, user="root", password=_secret("MYSQL_ROOT_PASSWORD"), connect_timeout=5
+            )
+        except pymysql.err.OperationalError as error:
+            if error.args[0] != pymysql.constants.ER.ACCESS_DENIED_ERROR:
+                raise
+            sys.exit(
+                f"MySQL at {host}:{port} refuses root's password: its volume was made with another. "
+                "Put that one back into .env or the Secret, or begin with an empty volume."
+            )
+
+    connection = _wait(f"MySQL at {host}:{port}", connect, pymysql.err.OperationalError)
     with connection, connection.cursor() as cursor:
         for name, prefix in DATABASES.items():
             password = _secret(f"{prefix}_DATABASE_PASSWORD")
@@ -142,7 +150,7 @@ def _wait(what: str, ask: Callable[[], object], refusals: type[Exception] | tupl
         except refusals as error:
             if time.monotonic() > end:
                 sys.exit(f"{what} does not answer: {error}")
-            print(f"waiting for {what}", file=sys.stderr)
+            print(f"waiting for {what}: {error}", file=sys.stderr)
             time.sleep(2)
 
 

@@ -101,7 +101,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Iterator[St
     for name in ("monitoring", "infra"):
         shutil.copytree(ROOT / name, folder / name)
     weights = os.environ.get("LAWNWATCH_TEST_WEIGHTS_FILE")
-    stack = Stack(folder, {name: free_port() for name in ("API_PORT", "WEB_PORT", "AIRFLOW_PORT", "MLFLOW_PORT")})
+    parts = ("API", "WEB", "AIRFLOW", "MLFLOW", "MINIO", "PROMETHEUS", "ALERTMANAGER", "GRAFANA")
+    stack = Stack(folder, {f"{part}_PORT": free_port() for part in parts})
     registry, version = os.environ.get("LAWNWATCH_TEST_REGISTRY", "lawnwatch"), "0.1.0"
     (folder / "world.yaml").write_text(
         WORLD.format(
@@ -175,7 +176,7 @@ def test_a_person_at_the_page(stack: Stack) -> None:
 
 def test_prometheus_reaches_every_part_that_runs(stack: Stack) -> None:
     def down() -> list[str] | str:
-        answer = httpx.get("http://127.0.0.1:9090/api/v1/query", params={"query": "up == 0"}).json()
+        answer = httpx.get(stack.url("PROMETHEUS_PORT") + "/api/v1/query", params={"query": "up == 0"}).json()
         running = set(stack.compose("ps", "--services", "--status=running").stdout.split())
         names = {each["metric"]["instance"].partition(":")[0] for each in answer["data"]["result"]}
         return sorted(names & running) or "none"

@@ -79,6 +79,15 @@ def test_49_a_well_known_password_ends_it_before_anything_is_asked() -> None:
     assert done.stderr == "MINIO_ROOT_PASSWORD is well-known; choose one of your own.\n"
 
 
+def test_a_root_password_that_is_not_the_volumes_ends_it_with_what_to_do(mariadb_server: Any) -> None:
+    """So it is when `.env` or a Secret was made anew beside a volume that was kept: waiting would change nothing."""
+    done = bootstrap("databases", MYSQL_HOST="127.0.0.1", MYSQL_PORT=str(mariadb_server.port),
+                     MYSQL_ROOT_PASSWORD="not-the-first-one")  # fmt: skip
+    assert done.returncode == 1
+    assert "refuses root's password" in done.stderr
+    assert "not-the-first-one" not in done.stderr
+
+
 class Namespace:
     """As much of Kubernetes' API as Secrets need; refuses what the Job's role would not allow."""
 

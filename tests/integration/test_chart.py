@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -166,6 +167,8 @@ def plain(value: Any) -> Any:
         ("api.drainSeconds=soon", "drainSeconds"),
         ("secrets.create=true", "create"),
         ("mysql.storage=lots", "storage"),
+        ("airflow.steps.trian.cpu=500m,airflow.steps.trian.memory=1Gi", "trian"),
+        ("api.resources.requests.cpu=-1", "cpu"),
     ],
 )
 def test_a_value_that_is_not_known_or_not_possible_is_an_error_that_names_it(setting: str, named: str) -> None:
@@ -184,6 +187,61 @@ def test_a_ca_for_the_mysql_that_the_chart_brings_is_an_error_that_says_so() -> 
     result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set", "mysql.caSecret=ca")
     assert result.returncode != 0
     assert "mysql.caSecret is for a MySQL of your own" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("mysql.host=db.example.org", "mysql.host is for a MySQL of your own"),
+        ("minio.endpoint=https://s3.example.org", "are for an S3 of your own"),
+        ("minio.buckets.lawnwatch=photos", "are for an S3 of your own"),
+        ("minio.accessKeys.mlflow=AKIA", "are for an S3 of your own"),
+        (
+            "monitoring.enabled=false,monitoring.alertmanager.webhookUrl=http://x",
+            "is for the Alertmanager of this chart",
+        ),
+    ],
+)
+def test_a_value_that_the_others_leave_no_use_for_is_an_error_that_says_so(setting: str, said: str) -> None:
+    """Otherwise catalog and pictures go into the bundled servers, or into a bucket that nobody makes."""
+    result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set", setting)
+    assert result.returncode != 0
+    assert said in result.stderr
+
+
+def test_a_whole_core_may_be_a_number() -> None:
+    result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set",
+                  "api.resources.requests.cpu=1")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_schema_knows_the_steps_of_the_dags() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    words = set(schema["properties"]["airflow"]["properties"]["steps"]["propertyNames"]["enum"])
+    texts = [file.read_text() for file in (ROOT / "dags").glob("*.py")]
+    assert set(re.findall(r'step\(\s*"\w+",\s*"(\w+)"', "".join(texts))) == words
+
+
+def test_every_pod_is_scheduled_as_the_values_say() -> None:
+    text = helm(
+        "template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set",
+        "scheduling.nodeSelector.pool=ml,scheduling.priorityClassName=high,scheduling.tolerations[0].operator=Exists,"
+        "scheduling.affinity.nodeAffinity.x=y,secrets.create=job",
+    ).stdout  # fmt: skip
+    made = dict(pods([each for each in yaml.safe_load_all(text) if each]))
+    assert len(made) > 12
+    for pod, spec in made.items():
+        assert spec["nodeSelector"] == {"pool": "ml"}, pod
+        assert spec["priorityClassName"] == "high", pod
+        assert spec["tolerations"] == [{"operator": "Exists"}], pod
+        assert spec["affinity"] == {"nodeAffinity": {"x": "y"}}, pod
+
+
+def test_every_pod_may_pull_from_a_private_registry() -> None:
+    text = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set",
+                "image.pullSecrets={mine},monitoring.nodeExporter.enabled=true,secrets.create=job").stdout  # fmt: skip
+    for pod, spec in pods([each for each in yaml.safe_load_all(text) if each]):
+        assert spec["imagePullSecrets"] == [{"name": "mine"}], pod
 
 
 def test_an_operator_that_is_not_there_is_an_error_that_says_so() -> None:
@@ -337,6 +395,25 @@ def test_fault_49_passwords_are_long_and_new_at_every_installation() -> None:
     assert len(made[0]) == 13
     assert all(len(value) >= 40 for value in made[0].values())
     assert not [key for key, value in made[0].items() if made[1][key] == value]
+
+
+@pytest.mark.parametrize(
+    ("named", "made"),
+    [
+        ("secrets.mysql=mine", ["lawnwatch-airflow", "lawnwatch-store"]),
+        ("secrets.mysql=mine,secrets.store=mine,secrets.airflow=mine", None),
+    ],
+)
+def test_fault_50_the_job_that_makes_secrets_may_never_read_any_other(named: str, made: list[str] | None) -> None:
+    """To Kubernetes a rule for no name is a rule for every name."""
+    text = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set",
+                f"secrets.create=job,{named}").stdout  # fmt: skip
+    roles = {each["metadata"]["name"]: each["rules"] for each in yaml.safe_load_all(text)
+             if each and each["kind"] == "Role"}  # fmt: skip
+    assert [rule["resourceNames"] for rule in roles.get("lawnwatch-secrets", []) if "get" in rule["verbs"]] == (
+        [made] if made else []
+    )
+    assert ("lawnwatch-secrets" in text) == bool(made)
 
 
 @pytest.mark.parametrize("part", ["mysql", "store", "airflow"])
@@ -670,6 +747,46 @@ def test_an_operators_prometheus_finds_the_monitors_and_their_ports() -> None:
             assert {one["port"] for one in each["spec"]["endpoints"]} <= ports
 
 
+def test_an_operators_prometheus_alerts_for_this_namespace_and_no_other(tmp_path: Path) -> None:
+    """It watches the whole cluster: others' targets, jobs of the same name, a second installation."""
+    rules = find(rendered("operator"), "PrometheusRule", "lawnwatch")["spec"]
+    assert 'absent(up{namespace="lawnwatch",job="api"})' in json.dumps(rules).replace("\\", "")
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules))
+
+    def series(namespace: str) -> list[Object]:
+        """What makes every alert but those of the nodes fire."""
+        tests = yaml.safe_load((ROOT / "monitoring/rules_test.yml").read_text())["tests"]
+        fired = [test for test in tests if test["alert_rule_test"][0]["exp_alerts"]]
+        return [
+            {
+                "interval": test["interval"],
+                "input_series": [
+                    {"series": re.sub(r"^(\w+)\{?", rf'\1{{namespace="{namespace}",', one["series"]).rstrip("}") + "}",
+                     "values": one["values"]}
+                    for one in test["input_series"]
+                ],
+                "promql_expr_test": [
+                    {
+                        "expr": f'count(ALERTS{{alertname="{name}",alertstate="firing"}})',
+                        "eval_time": test["alert_rule_test"][0]["eval_time"],
+                        "exp_samples": [{"value": len(test["alert_rule_test"][0]["exp_alerts"])}]
+                        if namespace == "lawnwatch"
+                        else [],
+                    }
+                ],
+            }
+            for test in fired
+            if (name := test["alert_rule_test"][0]["alertname"]) not in ("DiskLow", "TargetMissing")
+        ]  # fmt: skip
+
+    for namespace in ("lawnwatch", "elsewhere"):
+        case = {"rule_files": ["rules.yml"], "evaluation_interval": "1m", "tests": series(namespace)}
+        (tmp_path / "tests.yml").write_text(yaml.safe_dump(case))
+        checked = subprocess.run([program("promtool"), "test", "rules", "tests.yml"], cwd=tmp_path,
+                                 capture_output=True, text=True)  # fmt: skip
+        assert checked.returncode == 0, (namespace, checked.stdout + checked.stderr)
+
+
 @pytest.mark.parametrize(("job", "part", "port"), [("api", "api", 8000), ("webapp", "webapp", 9106),
                                                    ("web-sessions", "webapp", 8501)])  # fmt: skip
 def test_prometheus_asks_each_pod_of_what_may_have_several_by_the_whole_name(job: str, part: str, port: int) -> None:
@@ -733,6 +850,39 @@ def test_links_to_reports_begin_where_a_browser_reaches_the_api(settings: str, u
         assert environments[pod]["LAWNWATCH_PUBLIC_URL"]["value"] == url
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            "ingress.enabled=true,ingress.host=lawn.example",
+            "http://lawn.example and the API at http://lawn.example/api/",
+        ),
+        (
+            "ingress.enabled=true,ingress.host=lawn.example,ingress.tlsSecret=c",
+            "the web page is at https://lawn.example ",
+        ),
+        (
+            "httpRoute.enabled=true,httpRoute.gateway=g,httpRoute.host=lawn.example",
+            "web page is at https://lawn.example ",
+        ),
+        ("api.replicas=2", None),
+    ],
+)
+def test_the_notes_say_where_a_browser_finds_the_page(settings: str, said: str | None, tmp_path: Path) -> None:
+    """Only an install shows the notes, so here they are an object's."""
+    chart = tmp_path / "lawnwatch"
+    shutil.copytree(CHART, chart)
+    notes = (chart / "templates/NOTES.txt").read_text()
+    text = f'{{{{ define "notes" }}}}{notes}{{{{ end }}}}notes: {{{{ include "notes" . | toJson }}}}'
+    (chart / "templates/notes.yaml").write_text(text)
+    result = helm("template", "lawnwatch", str(chart), "--kube-version=1.34.0", "--show-only=templates/notes.yaml",
+                  "--set", settings)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    shown = yaml.safe_load(result.stdout)["notes"]
+    assert "port-forward svc/lawnwatch-webapp" in shown
+    assert said in shown if said else "From outside" not in shown
+
+
 @pytest.mark.parametrize("name", VALUES)
 def test_no_setting_is_given_twice(name: str) -> None:
     """Kubernetes would take the last one, and refuse both in a server-side apply."""
@@ -740,6 +890,34 @@ def test_no_setting_is_given_twice(name: str) -> None:
         for each in containers(spec):
             names = [one["name"] for one in each.get("env", [])]
             assert len(names) == len(set(names)), pod
+
+
+def test_a_setting_of_ones_own_takes_the_place_of_the_charts() -> None:
+    ours = {"env": ("LAWNWATCH_LOG_JSON", "LAWNWATCH_WEIGHTS", "MLFLOW_HTTP_REQUEST_TIMEOUT"),
+            "airflow.env": ("AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION", "AIRFLOW__API__WORKERS",
+                            "AIRFLOW__API__SECRET_KEY")}  # fmt: skip
+    chosen = ",".join(f"{value}.{name}=mine" for value, names in ours.items() for name in names)
+    text = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set-string", chosen).stdout
+    seen = set()
+    for pod, spec in pods([each for each in yaml.safe_load_all(text) if each]):
+        for each in containers(spec):
+            environment = each.get("env", [])
+            names = [one["name"] for one in environment]
+            assert len(names) == len(set(names)), pod
+            seen |= {(pod, one["name"]) for one in environment if one.get("value") == "mine"}
+    airflow = {("Deployment/lawnwatch-airflow-api", name) for names in ours.values() for name in names}
+    assert (
+        airflow | {(WORKER, name) for name in ours["env"]} | {("Deployment/lawnwatch-api", "LAWNWATCH_LOG_JSON")}
+        <= seen
+    )
+
+
+@pytest.mark.parametrize("name", ["MODEL_VERSION", "MODEL_SHA256", "DRAIN_SECONDS"])
+def test_a_setting_that_belongs_to_a_rollout_or_to_a_value_is_an_error_that_names_it(name: str) -> None:
+    result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set-string",
+                  f"env.LAWNWATCH_SERVING__{name}=1")  # fmt: skip
+    assert result.returncode != 0
+    assert name in result.stderr
 
 
 def test_everyone_who_asks_a_mysql_with_a_ca_has_the_ca() -> None:
@@ -760,8 +938,27 @@ def test_everyone_who_asks_a_mysql_with_a_ca_has_the_ca() -> None:
     assert not [pod for pod, spec in pods(rendered("default")) if "mysql-ca" in str(spec)]
 
 
+def test_a_chart_packaged_with_a_build_in_its_version_gives_labels_that_kubernetes_takes(tmp_path: Path) -> None:
+    chart = tmp_path / "lawnwatch"
+    shutil.copytree(CHART, chart)
+    about = (chart / "Chart.yaml").read_text()
+    (chart / "Chart.yaml").write_text(re.sub(r"ersion: \"?0\.1\.0\"?", "ersion: 0.1.0+69810de", about))
+    text = helm("template", "lawnwatch", str(chart), "--kube-version=1.34.0", "--set", "image.tag=0.1.0").stdout
+    labels = {value for each in yaml.safe_load_all(text) if each for value in each["metadata"]["labels"].values()}
+    assert {"lawnwatch-0.1.0_69810de", "0.1.0_69810de"} <= labels
+    assert not [value for value in labels if not re.fullmatch(r"[A-Za-z0-9]([\w.-]{,61}[A-Za-z0-9])?", value)]
+
+
 def test_every_claim_outlives_the_release() -> None:
     for each in rendered("default"):
         assert each["kind"] != "PersistentVolumeClaim", "Helm would delete it with the release"
         if each["kind"] == "StatefulSet":
             assert "persistentVolumeClaimRetentionPolicy" not in each["spec"]
+
+
+def test_mysql_keeps_its_log_of_changes_for_days_and_not_for_a_month() -> None:
+    """MySQL 8.4 writes one that nobody reads here; thirty days of Airflow's heartbeats may fill a small volume."""
+    composed = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["mysql"]["command"]
+    (deployed,) = dict(pods(rendered("default")))["StatefulSet/lawnwatch-mysql"]["containers"]
+    for argv in (composed, deployed["args"]):
+        assert "--binlog-expire-logs-seconds=259200" in argv

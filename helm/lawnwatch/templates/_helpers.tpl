@@ -5,8 +5,8 @@
 {{- /* Labels of a part: (list $ "api"). */}}
 {{- define "lawnwatch.labels" -}}
 {{- $root := index . 0 -}}
-helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
-app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
+helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" }}
+app.kubernetes.io/version: {{ $root.Chart.AppVersion | replace "+" "_" | quote }}
 app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 app.kubernetes.io/part-of: lawnwatch
 {{ include "lawnwatch.selector" . }}
@@ -31,9 +31,10 @@ imagePullPolicy: {{ $root.Values.image.pullPolicy }}
 serviceAccountName: {{ printf "%s-%s" (include "lawnwatch.name" $root) (index . 2) }}
 enableServiceLinks: false    # LAWNWATCH_API_PORT=tcp://… would look like a setting of ours
 automountServiceAccountToken: {{ has (index . 2) (list "airflow" "rollout" "secrets") }}
-{{- with $root.Values.image.pullSecrets }}
-imagePullSecrets: {{- range . }}
-  - name: {{ . }}
+{{- include "lawnwatch.pullSecrets" $root }}
+{{- range $field, $value := $root.Values.scheduling }}
+{{- if $value }}
+{{ $field }}: {{ toJson $value }}
 {{- end }}
 {{- end }}
 securityContext:
@@ -43,6 +44,14 @@ securityContext:
   fsGroup: {{ index . 1 }}
   fsGroupChangePolicy: OnRootMismatch
   seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
+{{- define "lawnwatch.pullSecrets" }}
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets: {{- range . }}
+  - name: {{ . }}
+{{- end }}
+{{- end }}
 {{- end }}
 
 {{- define "lawnwatch.container" -}}
@@ -57,6 +66,7 @@ securityContext:
 {{- define "lawnwatch.airflowSecret" -}}{{ .Values.secrets.airflow | default (printf "%s-airflow" (include "lawnwatch.name" .)) }}{{- end }}
 
 {{- define "lawnwatch.mysqlHost" -}}
+{{- if and .Values.mysql.enabled .Values.mysql.host }}{{ fail "mysql.host is for a MySQL of your own: set mysql.enabled=false, too, or leave it empty" }}{{ end -}}
 {{- if .Values.mysql.enabled }}{{ include "lawnwatch.name" . }}-mysql{{ else }}{{ required "mysql.host is needed when mysql.enabled is false" .Values.mysql.host }}{{ end -}}
 {{- end }}
 
@@ -81,6 +91,10 @@ securityContext:
 {{- end }}
 
 {{- define "lawnwatch.storeEndpoint" -}}
+{{- $names := dict "lawnwatch" "lawnwatch" "airflow" "airflow-logs" "mlflow" "mlflow" }}
+{{- if and .Values.minio.enabled (or .Values.minio.endpoint (ne (toJson .Values.minio.buckets) (toJson $names)) (ne (toJson .Values.minio.accessKeys) (toJson $names))) }}
+{{- fail "minio.endpoint, minio.buckets and minio.accessKeys are for an S3 of your own: set minio.enabled=false, too, or leave them as they are" }}
+{{- end -}}
 {{- if .Values.minio.enabled }}http://{{ include "lawnwatch.name" . }}-minio:9000{{ else }}{{ required "minio.endpoint is needed when minio.enabled is false" .Values.minio.endpoint }}{{ end -}}
 {{- end }}
 
@@ -105,8 +119,19 @@ securityContext:
 {{- end }}
 {{- end }}
 
+{{- /* Settings of ours, with somebody's own in the place of those of the same name: (list TEXT VALUES). */}}
+{{- define "lawnwatch.overridden" -}}
+{{- $text := index . 0 }}
+{{- range $key, $_ := index . 1 }}{{ $text = regexReplaceAll (printf "(?m)^- ({name: %s, .*|name: %s\n.*)\n?" $key $key) $text "" }}{{ end -}}
+{{ trim $text }}
+{{- range $key, $value := index . 1 }}
+- {name: {{ $key }}, value: {{ $value | quote }}}
+{{- end }}
+{{- end }}
+
 {{- /* The settings of lawnwatch: API and every step. */}}
-{{- define "lawnwatch.env" -}}
+{{- define "lawnwatch.env" }}{{ include "lawnwatch.overridden" (list (include "lawnwatch.envOfOurs" .) .Values.env) }}{{ end }}
+{{- define "lawnwatch.envOfOurs" -}}
 {{- $name := include "lawnwatch.name" . -}}
 {{ include "lawnwatch.secretEnv" (list "DATABASE_PASSWORD" (include "lawnwatch.mysqlSecret" .) "lawnwatch-password") }}
 {{ include "lawnwatch.secretEnv" (list "LAWNWATCH_STORE_SECRET_KEY" (include "lawnwatch.storeSecret" .) "lawnwatch-secret-key") }}
@@ -123,15 +148,13 @@ securityContext:
 - {name: LAWNWATCH_ROLLOUT__NAMESPACE, value: {{ .Release.Namespace }}}
 - {name: LAWNWATCH_ROLLOUT__SERVICE_ACCOUNT, value: {{ $name }}-rollout}
 - {name: LAWNWATCH_LOG_JSON, value: "true"}
-{{- range $key, $value := .Values.env }}
-- {name: {{ $key }}, value: {{ $value | quote }}}
-{{- end }}
 {{- end }}
 
 {{- /* What Airflow's own processes and its task pods share. */}}
-{{- define "lawnwatch.taskEnv" -}}
+{{- define "lawnwatch.taskEnv" }}{{ include "lawnwatch.overridden" (list (include "lawnwatch.taskEnvOfOurs" .) .Values.env) }}{{ end }}
+{{- define "lawnwatch.taskEnvOfOurs" -}}
 {{- $name := include "lawnwatch.name" . -}}
-{{ include "lawnwatch.env" . }}
+{{ include "lawnwatch.envOfOurs" . }}
 - {name: LAWNWATCH_WEIGHTS, value: {{ .Values.weights | quote }}}
 - {name: LAWNWATCH_PUBLIC_URL, value: {{ include "lawnwatch.publicUrl" . | quote }}}
 {{- include "lawnwatch.apiKeyEnv" . }}
@@ -152,7 +175,8 @@ securityContext:
 {{- end }}
 
 {{- /* Airflow's own processes: they alone reach its database and know its keys. */}}
-{{- define "lawnwatch.airflowEnv" -}}
+{{- define "lawnwatch.airflowEnv" }}{{ include "lawnwatch.overridden" (list (include "lawnwatch.airflowEnvOfOurs" .) .Values.airflow.env) }}{{ end }}
+{{- define "lawnwatch.airflowEnvOfOurs" -}}
 {{- $name := include "lawnwatch.name" . -}}
 {{ include "lawnwatch.taskEnv" . }}
 {{ include "lawnwatch.secretEnv" (list "AIRFLOW_DATABASE_PASSWORD" (include "lawnwatch.mysqlSecret" .) "airflow-password") }}
@@ -171,9 +195,6 @@ securityContext:
 - {name: AIRFLOW__KUBERNETES_EXECUTOR__DELETE_WORKER_PODS_ON_FAILURE, value: "true"}
 - {name: AIRFLOW__KUBERNETES_EXECUTOR__WORKER_PODS_CREATION_BATCH_SIZE, value: "4"}
 - {name: AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT, value: "120"}
-{{- range $key, $value := .Values.airflow.env }}
-- {name: {{ $key }}, value: {{ $value | quote }}}
-{{- end }}
 {{- end }}
 
 {{- define "lawnwatch.writableMounts" -}}
