@@ -86,7 +86,7 @@ ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin LANG=C.UTF-8 PYTHONUNBUFFERE
 WORKDIR /var/lib/lawnwatch
 USER 10001:10001
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=5s --start-period=20s \
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
   CMD ["python", "-c", "import os, urllib.request as u; u.urlopen(f'http://127.0.0.1:{os.environ.get(\"LAWNWATCH_SERVING__PORT\", \"8000\")}/health', timeout=4)"]
 ENTRYPOINT ["lawnwatch"]
 CMD ["serve"]

@@ -29,7 +29,7 @@ ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/
 WORKDIR /tmp
 USER 10001:10001
 EXPOSE 5000
-HEALTHCHECK --interval=15s --timeout=10s --start-period=60s \
+HEALTHCHECK --interval=15s --timeout=10s --start-period=300s \
   CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:5000/health', timeout=8)"]
 ENTRYPOINT ["mlflow"]
 CMD ["server", "--host=0.0.0.0", "--port=5000", "--workers=1", "--serve-artifacts"]
