@@ -5,6 +5,8 @@ RUN apt-get update \
  && apt-get install -y --no-install-recommends gcc libc6-dev pkg-config libmariadb-dev python3-dev \
  && rm -rf /var/lib/apt/lists/*
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 UV_NO_CACHE=1 UV_LINK_MODE=copy PYTHONDONTWRITEBYTECODE=1 PYTHONHASHSEED=0
+# mysqlclient again: without what helps a debugger, which names the folder it was built in, two builds are alike.
+ENV CFLAGS=-g0
 WORKDIR /build
 COPY requirements/cluster.txt requirements/build.txt requirements/
 # An index of your own comes in as a secret and stays out of every layer.
