@@ -949,6 +949,20 @@ def test_a_chart_packaged_with_a_build_in_its_version_gives_labels_that_kubernet
     assert not [value for value in labels if not re.fullmatch(r"[A-Za-z0-9]([\w.-]{,61}[A-Za-z0-9])?", value)]
 
 
+def test_a_namespace_may_be_a_number() -> None:
+    text = helm("template", "lawnwatch", str(CHART), "-n", "2024", "--kube-version=1.34.0").stdout
+
+    def numbers(part: Any) -> list[Any]:
+        if isinstance(part, list):
+            return [found for each in part for found in numbers(each)]
+        if not isinstance(part, dict):
+            return []
+        texts = [value for key, value in part.items() if key in ("name", "namespace", "value")]
+        return [text for text in texts if isinstance(text, int)] + numbers(list(part.values()))
+
+    assert numbers(list(yaml.safe_load_all(text))) == []
+
+
 def test_every_claim_outlives_the_release() -> None:
     for each in rendered("default"):
         assert each["kind"] != "PersistentVolumeClaim", "Helm would delete it with the release"

@@ -145,7 +145,7 @@ securityContext:
 - {name: LAWNWATCH_API_URL, value: "http://{{ $name }}-api:8000"}
 - {name: LAWNWATCH_ROLLOUT__TARGET, value: kubernetes}
 - {name: LAWNWATCH_ROLLOUT__DEPLOYMENT, value: {{ $name }}-api}
-- {name: LAWNWATCH_ROLLOUT__NAMESPACE, value: {{ .Release.Namespace }}}
+- {name: LAWNWATCH_ROLLOUT__NAMESPACE, value: {{ .Release.Namespace | quote }}}
 - {name: LAWNWATCH_ROLLOUT__SERVICE_ACCOUNT, value: {{ $name }}-rollout}
 - {name: LAWNWATCH_LOG_JSON, value: "true"}
 {{- end }}
@@ -190,7 +190,7 @@ securityContext:
 - {name: AIRFLOW__API__WORKERS, value: {{ .Values.airflow.workers | quote }}}
 - {name: AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS, value: "admin:admin"}
 - {name: AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE, value: /opt/airflow/passwords.json}
-- {name: AIRFLOW__KUBERNETES_EXECUTOR__NAMESPACE, value: {{ .Release.Namespace }}}
+- {name: AIRFLOW__KUBERNETES_EXECUTOR__NAMESPACE, value: {{ .Release.Namespace | quote }}}
 - {name: AIRFLOW__KUBERNETES_EXECUTOR__POD_TEMPLATE_FILE, value: /etc/lawnwatch/pod.yaml}
 - {name: AIRFLOW__KUBERNETES_EXECUTOR__DELETE_WORKER_PODS_ON_FAILURE, value: "true"}
 - {name: AIRFLOW__KUBERNETES_EXECUTOR__WORKER_PODS_CREATION_BATCH_SIZE, value: "4"}
