@@ -292,7 +292,7 @@ class Settings(BaseSettings):
     git_commit: str = Field("", description="Commit of the running code; empty: asked of git. Images set it.")
     metrics_dir: Path | None = Field(
         None,
-        description="Folder for a step's metrics, for Prometheus' textfile collector; unset: nowhere.",
+        description="Folder for the ingest's metrics, for Prometheus' textfile collector; unset: nowhere.",
     )
     step_resources: dict[str, StepResources] = Field(
         {},
