@@ -191,6 +191,7 @@ class ServingSettings(BaseModel):
     retention_days: int = Field(
         90,
         ge=0,
+        le=36_500,
         description="Days that predictions and their pictures are kept; 0: for ever. `predictions prune` deletes.",
     )
     max_batch_pictures: int = Field(32, ge=1, description="Most pictures of one batch.")
