@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops, ImageOps
 from streamlit.testing.v1 import AppTest
 
 pytestmark = pytest.mark.unit
@@ -614,6 +614,21 @@ def test_exif_that_is_broken_does_not_break_the_page(stub: Stub) -> None:
     app = upload(open_page("predict"), out.getvalue())
     assert_calm(app)
     assert app.get("image"), "the API answers for it, and a person sees it"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_shown_as_a_person_holds_it(orientation: int) -> None:
+    picture = Image.new("RGB", (64, 48), "black")
+    picture.paste("red", (0, 0, 32, 24))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=95, exif=exif)
+    with Image.open(io.BytesIO(ours("parts").upright(out.getvalue()))) as shown:
+        wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(out.getvalue())))
+        assert shown.size == wanted.size
+        difference = ImageChops.difference(shown, wanted.convert("RGB")).getextrema()
+    assert max(high for _, high in difference) < 64
 
 
 def test_a_picture_is_never_fetched_from_elsewhere(stub: Stub) -> None:
