@@ -90,7 +90,7 @@ format: .venv-dev ## let ruff format the code and mend what it can
 	$(PY) -m ruff check --fix .
 
 .PHONY: types
-types: .venv-dev ## mypy, strict
+types: .venv-dev ## mypy, strict: the package, the web app, infra and the DAGs
 	@$(PY) -m mypy
 
 .PHONY: bench

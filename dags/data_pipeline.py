@@ -20,13 +20,14 @@ Running it again changes nothing: nothing is fetched or stored twice. The fetche
 """
 
 from datetime import timedelta
+from typing import Any
 
 from airflow.sdk import CronTriggerTimetable, Param, dag
 
 from lawnwatch.pipeline import DEFAULTS, FETCH_POOL, SNAPSHOT, mapped_step, step
 
 
-@dag(
+@dag(  # type: ignore[untyped-decorator]
     schedule=CronTriggerTimetable("0 3 * * *", timezone="UTC"),
     max_active_runs=1,
     default_args=DEFAULTS,
@@ -56,7 +57,7 @@ from lawnwatch.pipeline import DEFAULTS, FETCH_POOL, SNAPSHOT, mapped_step, step
         ),
     },
 )
-def data_pipeline():
+def data_pipeline() -> None:
     batches = step(
         "plan",
         "ingest",
@@ -65,7 +66,7 @@ def data_pipeline():
         "{{ '--limit=%d' % params.limit if params.limit else '' }}",
         returns="batches",
     )
-    long = {"pool": FETCH_POOL, "execution_timeout": timedelta(hours=6)}
+    long: dict[str, Any] = {"pool": FETCH_POOL, "execution_timeout": timedelta(hours=6)}
     fetched = mapped_step("fetch", "ingest", batches, **long)
     rechecked = step("recheck", "data", "recheck", when="{{ params.recheck }}", **long)
     quality = step(

@@ -16,7 +16,7 @@ from airflow.sdk import Param, dag
 from lawnwatch.pipeline import DEFAULTS, RELEASE, step
 
 
-@dag(
+@dag(  # type: ignore[untyped-decorator]
     schedule=[RELEASE],
     max_active_runs=1,
     default_args=DEFAULTS,
@@ -26,7 +26,7 @@ from lawnwatch.pipeline import DEFAULTS, RELEASE, step
         "version": Param("champion", type="string", description="Released version number or alias to serve."),
     },
 )
-def inference_pipeline():
+def inference_pipeline() -> None:
     rolled_out = step("rollout", "rollout", "start", "--version={{ params.version }}")
     verified = step("verify", "rollout", "verify")
     rolled_out >> verified

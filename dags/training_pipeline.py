@@ -20,6 +20,7 @@ cleared and run again continues from what was done.
 """
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from airflow.providers.standard.operators.hitl import ApprovalOperator
 from airflow.sdk import AssetOrTimeSchedule, CronTriggerTimetable, Param, dag, task
@@ -37,13 +38,13 @@ def anything_new(unchanged: bool) -> str:
 
 
 @task.branch
-def gate(decision: str, params: dict | None = None) -> str:
+def gate(decision: str, params: dict[str, Any] | None = None) -> str:
     if decision != "promote":
         return "keep_champion"
     return "register" if params and params["approval"] else "promote"
 
 
-@dag(
+@dag(  # type: ignore[untyped-decorator]
     schedule=AssetOrTimeSchedule(
         timetable=CronTriggerTimetable("0 3 * * 0", timezone="UTC"), assets=SNAPSHOT | RETRAIN
     ),
@@ -74,7 +75,7 @@ def gate(decision: str, params: dict | None = None) -> str:
         "approval": Param(False, type="boolean", description="Ask a person before the champion is replaced."),
     },
 )
-def training_pipeline():
+def training_pipeline() -> None:
     wish = (
         "{{ '--candidates=' ~ params.candidates | join(',') if params.candidates else '' }}",
         "{{ '--budget=%d' % params.budget if params.budget else '' }}",

@@ -18,8 +18,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
+T = TypeVar("T")
 WAIT_SECONDS = 600
 DATABASES = {"lawnwatch": "LAWNWATCH", "airflow": "AIRFLOW", "mlflow": "MLFLOW"}
 BUCKETS = {"lawnwatch": "LAWNWATCH", "airflow-logs": "AIRFLOW", "mlflow": "MLFLOW"}
@@ -141,7 +143,7 @@ def wait() -> None:
     _wait("Airflow's database", ask, sa.exc.SQLAlchemyError)
 
 
-def _wait(what: str, ask: Callable[[], object], refusals: type[Exception] | tuple[type[Exception], ...]) -> object:
+def _wait(what: str, ask: Callable[[], T], refusals: type[Exception] | tuple[type[Exception], ...]) -> T:
     """What `ask` returns once the server answers; ends the program when it does not in time."""
     end = time.monotonic() + WAIT_SECONDS
     while True:

@@ -265,15 +265,16 @@ class Demo:
     def up(self) -> None:
         """Start everything; the API first, for a model that is already released can answer at once."""
         boss, ports = self.supervisor, self.ports
-        boss.start("API", *LAWNWATCH, "serve")
+        boss.start("API", *LAWNWATCH, "serve", port=ports.api)
         self._fill_catalog()
         self._prepare_airflow()
         for part in ("api-server", "scheduler", "dag-processor"):
-            boss.start(f"airflow-{part}", PYTHON, "-m", "airflow", part, *_no_log_server(part))
+            port = ports.airflow if part == "api-server" else None
+            boss.start(f"airflow-{part}", PYTHON, "-m", "airflow", part, *_no_log_server(part), port=port)
         boss.start(
             "web-page", PYTHON, "-m", "streamlit", "run", str(ROOT / "webapp" / "app.py"),
             "--server.port", str(ports.web), "--server.address", "127.0.0.1", "--server.headless", "true",
-            "--browser.gatherUsageStats", "false", "--server.fileWatcherType", "none",
+            "--browser.gatherUsageStats", "false", "--server.fileWatcherType", "none", port=ports.web,
         )  # fmt: skip
         boss.wait(self._api_answers, "The API", service="API")
         if (self._ask("/model/info") or {}).get("target"):
@@ -295,6 +296,7 @@ class Demo:
                 "--host", "127.0.0.1", "--port", str(self.ports.mlflow),
                 "--backend-store-uri", f"sqlite:///{self.plan.home / 'mlflow.db'}",
                 "--artifacts-destination", (self.plan.home / "mlflow-artifacts").as_uri(),
+                port=self.ports.mlflow,
             )  # fmt: skip
 
     def walk(self) -> bool:

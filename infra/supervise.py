@@ -24,6 +24,7 @@ import psutil
 
 MARKER = "LAWNWATCH_DEMO"  # the home folder and the supervisor's process id
 GRACE_SECONDS = 20.0
+PORT_SECONDS = 2.0  # between looks at a port that another process took
 
 
 class Stopped(Exception):
@@ -157,7 +158,8 @@ def _listener(port: int) -> str:
     """` by NAME (process N)`, as far as this user may know."""
     try:
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            here = connection.laddr  # an empty tuple where there is none
+            if connection.status == psutil.CONN_LISTEN and here and here.port == port and connection.pid:
                 return f" by {psutil.Process(connection.pid).name()} (process {connection.pid})"
     except (psutil.Error, OSError):
         pass
@@ -175,9 +177,11 @@ class Service:
     argv: list[str]
     env: dict[str, str]
     log: Path
+    port: int | None = None
     process: subprocess.Popen[bytes] | None = None
     deaths: list[float] = field(default_factory=list)
     start_again_at: float = 0.0
+    port_lost: str = ""  # who took its port, while that is what it waits for
 
 
 class Supervisor:
@@ -202,10 +206,10 @@ class Supervisor:
             os._exit(130)
         self.stopping = True
 
-    def start(self, name: str, *argv: str, **env: str) -> None:
+    def start(self, name: str, *argv: str, port: int | None = None, **env: str) -> None:
         logs = self.home / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        service = Service(name, list(argv), env, logs / f"{name}.log")
+        service = Service(name, list(argv), env, logs / f"{name}.log", port)
         self.services[name] = service
         self._launch(service)
 
@@ -260,24 +264,43 @@ class Supervisor:
         for service in self.services.values():
             if service.process is None:
                 if now >= service.start_again_at:
-                    self._launch(service)
-                    say(f"The {service.name} is starting again.")
+                    self._start_again(service)
             elif service.process.poll() is not None:
-                code, service.process = service.process.returncode, None
+                dead, service.process = service.process, None
                 service.deaths = [*(at for at in service.deaths if now - at < 120), now]
                 service.start_again_at = now + min(30, 2 ** (len(service.deaths) - 1))
-                say(f"The {service.name} ended unexpectedly ({_ending(code)}); its log: {service.log}")
+                say(f"The {service.name} ended unexpectedly ({_ending(dead.returncode)}); its log: {service.log}")
+                if service.port is not None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(dead.pid, signal.SIGKILL)  # a child that it left, as MLflow does, keeps the port
+
+    def _start_again(self, service: Service) -> None:
+        """Launch it, or wait on while another process has its port: it would only die of that."""
+        if service.port is None or port_is_free(service.port):
+            service.port_lost = ""
+            self._launch(service)
+            say(f"The {service.name} is starting again.")
+            return
+        service.start_again_at = time.monotonic() + PORT_SECONDS
+        if not service.port_lost:
+            service.port_lost = f"Port {service.port} of the {service.name} is taken{_listener(service.port)}."
+            say(
+                f"{service.port_lost} Free it, and the {service.name} starts again; or end the demo and start it anew, "
+                "and it takes another port."
+            )
 
     def wait(self, ready: Callable[[], bool], what: str, *, service: str = "", timeout: float = 180.0) -> None:
         """Wait until `ready`.
 
         Raises:
-            Failed: it took longer than `timeout`, or its service died three times.
+            Failed: it took longer than `timeout`, or its service died three times or lost its port.
         """
         end = time.monotonic() + timeout
         while not ready():
             self.tick()
             watched = self.services.get(service)
+            if watched is not None and watched.port_lost:
+                raise Failed(f"{watched.port_lost} Free it, or start anew, which takes another port.")
             if watched is not None and len(watched.deaths) >= 3:
                 raise Failed(f"{what} does not stay up. The end of its log:\n{_tail(watched.log)}")
             if time.monotonic() > end:

@@ -15,10 +15,20 @@ from pydantic import ValidationError
 
 import metrics
 from api import Api, ApiError, Interval, ModelInfo, Refused, TooSlow, Unreachable
-from settings import WebSettings
+from settings import WebSettings, unusable
 
 UNKNOWN = "unknown"
 STYLE = Path(__file__).with_name("style.css")
+ORIENTATION = 0x0112  # the EXIF tag
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 MOST_PIXELS = 50_000_000  # what the API takes; a larger picture is never decoded here either
 
 
@@ -45,9 +55,7 @@ def connect() -> Api:
     try:
         client: Api = api()
     except ValidationError as error:
-        faults = error.errors(include_input=False)
-        names = ", ".join(f"LAWNWATCH_{fault['loc'][0]}".upper() for fault in faults)
-        st.error(f"The web app's settings are not usable: {plain(names)}.", icon=":material/settings_alert:")
+        st.error(plain(unusable(error)), icon=":material/settings_alert:")
         st.stop()
         raise  # st.stop() never returns
     return client
@@ -246,7 +254,9 @@ def _decoded(picture: bytes, longest: int) -> Image.Image:
             if opened.width * opened.height > MOST_PIXELS:
                 raise OSError(f"A picture of {opened.width} × {opened.height} pixels is too large to show.")
             opened.draft("RGB", (2 * longest, 2 * longest))  # a JPEG is decoded small: no 50-megapixel buffer
-            turned = ImageOps.exif_transpose(opened)
+            # Pillow's exif_transpose also writes the other tags anew, and fails where one of them is broken.
+            turn = TURNS.get(opened.getexif().get(ORIENTATION, 1))
+            turned = opened if turn is None else opened.transpose(turn)
             if turned.mode.startswith("I"):  # 16-bit grey: scaled, where convert() would clip it to white
                 turned = turned.convert("I").point(lambda value: value / 257).convert("L")
             if turned.has_transparency_data:

@@ -9,14 +9,18 @@ import sys
 from pathlib import Path
 
 from prometheus_client import start_http_server
+from pydantic import ValidationError
 from streamlit.web import cli
 
 import metrics
-from settings import WebSettings
+from settings import WebSettings, unusable
 
 
 def main() -> None:
-    settings = WebSettings()
+    try:
+        settings = WebSettings()
+    except ValidationError as error:
+        sys.exit(unusable(error))
     start_http_server(settings.webapp_metrics_port, settings.webapp_metrics_host, metrics.registry)
     # Pages run in this process, so what they count is what is exported.
     sys.argv = ["streamlit", "run", str(Path(__file__).with_name("app.py")), *sys.argv[1:]]

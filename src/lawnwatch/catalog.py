@@ -541,7 +541,11 @@ class Catalog(Database):
         return sorted(known.values())
 
     def _find(self, session: Session, image: str, *, lock: bool = False) -> ImageRecord:
-        match = ImageRecord.id == int(image) if image.isdecimal() else ImageRecord.url_sha256 == url_hash(image)
+        match = (
+            ImageRecord.id == int(image)
+            if image.isdecimal() and len(image) < 19
+            else ImageRecord.url_sha256 == url_hash(image)
+        )
         query = sa.select(ImageRecord).where(match)
         if lock:  # without the join, which would lock the label's row too
             query = query.options(lazyload(ImageRecord.label)).with_for_update()

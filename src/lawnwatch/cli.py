@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -26,13 +27,22 @@ from pydantic import BaseModel
 
 from lawnwatch import __version__, log
 from lawnwatch.config import Settings, get_settings
-from lawnwatch.errors import NOTHING_TO_DO, Conflict, InputError, IntegrityError, LawnwatchError, NotFound
+from lawnwatch.errors import (
+    NOTHING_TO_DO,
+    Conflict,
+    InputError,
+    IntegrityError,
+    LawnwatchError,
+    NotFound,
+    SettingsError,
+)
 from lawnwatch.keys import PREDICT
 from lawnwatch.store import ObjectStore, open_store
 
 if TYPE_CHECKING:
     from lawnwatch.catalog import Catalog  # SQLAlchemy takes a third of a second, which `serve` and `--help` do without
 
+MOST_DAYS = 36_500  # a date so long ago can still be reckoned
 INTERRUPTED, TOLD_TO_STOP = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 app = typer.Typer(
@@ -114,7 +124,13 @@ def opened_catalog() -> Catalog:
     from lawnwatch.catalog import Catalog
 
     settings = get_settings()
-    settings.home.mkdir(parents=True, exist_ok=True)
+    try:
+        settings.home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(
+            f"The folder that LAWNWATCH_HOME names cannot be made: {error.strerror}.",
+            hint="Name one that this user may write to.",
+        ) from None
     catalog = Catalog(settings)
     catalog.migrate()
     return catalog
@@ -229,7 +245,7 @@ def catalog_list(
     label: Annotated[str, typer.Option(help="Only records of this label.")] = "",
     reason: Annotated[str, typer.Option(help="Only records whose reason begins so, such as http_404.")] = "",
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most so many.")] = 50,
-    after: Annotated[int, typer.Option(min=0, help="Go on after the record of this id.")] = 0,
+    after: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Go on after the record of this id.")] = 0,
 ) -> None:
     """Image records with their reasons, for a person to look at."""
     records = opened_catalog().select(
@@ -304,7 +320,8 @@ def ingest_command(
 def data_recheck(
     limit: Annotated[int | None, typer.Option(min=1, help="Recheck at most so many images.")] = None,
     older_than: Annotated[
-        float, typer.Option(min=0, help="Only images that were not rechecked in so many days.", metavar="DAYS")
+        float,
+        typer.Option(min=0, max=MOST_DAYS, help="Only images that were not rechecked in so many days.", metavar="DAYS"),
     ] = 0.0,
     sources: Annotated[
         bool, typer.Option("--sources/--no-sources", help="Ask the sources whether they still give the same picture.")
@@ -747,7 +764,8 @@ def exporter_command() -> None:
 @predictions_app.command("prune", epilog="Example: lawnwatch predictions prune --days 30")
 def predictions_prune(
     days: Annotated[
-        int | None, typer.Option(min=0, help="Days that are kept; 0: for ever. LAWNWATCH_SERVING__RETENTION_DAYS.")
+        int | None,
+        typer.Option(min=0, max=MOST_DAYS, help="Days that are kept; 0: for ever. LAWNWATCH_SERVING__RETENTION_DAYS."),
     ] = None,
 ) -> None:
     """Delete recorded predictions older than the retention, with their pictures. Running it again is safe."""
@@ -802,12 +820,22 @@ def fail(error: LawnwatchError) -> int:
 
 
 def keep_traceback() -> str:
-    """Write the current traceback to a file in home and say where."""
-    folder = get_settings().home / "faults"
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}.txt"
-    file.write_text(traceback.format_exc())
-    return f"Please report it with {file}."
+    """Write the current traceback to a file in home, or where that cannot be to a temporary one, and say where."""
+    told = traceback.format_exc()
+    try:
+        folder = get_settings().home / "faults"
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}.txt"
+        file.write_text(told)
+        return f"Please report it with {file}."
+    except (OSError, LawnwatchError):
+        pass
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="lawnwatch-fault-", suffix=".txt", delete=False) as stream:
+            stream.write(told)
+        return f"Please report it with {stream.name}."
+    except OSError:
+        return "Please report it; there was no room to keep more about it."
 
 
 def stop(_number: int, _frame: object) -> NoReturn:

@@ -191,6 +191,7 @@ class ServingSettings(BaseModel):
     retention_days: int = Field(
         90,
         ge=0,
+        le=36_500,
         description="Days that predictions and their pictures are kept; 0: for ever. `predictions prune` deletes.",
     )
     max_batch_pictures: int = Field(32, ge=1, description="Most pictures of one batch.")
@@ -292,7 +293,7 @@ class Settings(BaseSettings):
     git_commit: str = Field("", description="Commit of the running code; empty: asked of git. Images set it.")
     metrics_dir: Path | None = Field(
         None,
-        description="Folder for a step's metrics, for Prometheus' textfile collector; unset: nowhere.",
+        description="Folder for the ingest's metrics, for Prometheus' textfile collector; unset: nowhere.",
     )
     step_resources: dict[str, StepResources] = Field(
         {},

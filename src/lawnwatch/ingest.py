@@ -13,7 +13,10 @@ tried again for PATIENCE seconds, then the run ends as Unavailable and gives its
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import hashlib
+import itertools
+import os
 import random
 import signal
 import threading
@@ -256,6 +259,7 @@ class _Run:
             self.report.seconds = round(time.monotonic() - self.started, 3)
             self.report.reasons = dict(self.reasons.most_common())
             self.metrics.write(self.report, in_flight=0)
+            self.metrics.close()
         return self._finished()
 
     # --- the pipeline -----------------------------------------------------------------------------------------------
@@ -493,22 +497,57 @@ def first_error(errors: BaseExceptionGroup[BaseException]) -> BaseException:
 class IngestMetrics:
     """The run's figures for Prometheus' textfile collector.
 
+    The collector refuses a series that another file has, so each of the runs side by side has a file and a label of
+    its own. Their places are numbered and used again by later runs: the label's values stay few.
+
     Args:
-        folder: where `lawnwatch_ingest.prom` is written; None: nowhere.
+        folder: where `lawnwatch_ingest.prom` is written, or the first `lawnwatch_ingest_N.prom` that no run at work
+            writes; None: nowhere.
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self._file = folder / "lawnwatch_ingest.prom" if folder else None
+        self._file: Path | None = None
+        self._lock: int | None = None
+        self._slot = "0"
+        if folder is not None:
+            try:
+                self._take(folder)
+            except OSError as error:
+                logger.warning("the metrics cannot be written", fault=error.strerror)
         self._registry = CollectorRegistry()
         self._fetch_seconds = Histogram(
             "lawnwatch_ingest_fetch_seconds",
             "Time with the source of each fetched image, waiting for its turn not included.",
+            labelnames=["slot"],
             buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
             registry=self._registry,
-        )
+        ).labels(self._slot)
         self._report = IngestReport()
         self._in_flight = 0
         self._registry.register(self)
+
+    def _take(self, folder: Path) -> None:
+        """The first place that is free; the kernel frees that of a run that was killed."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for slot in itertools.count():
+            # Beside the file, which is replaced at every write; the collector passes by all but *.prom.
+            lock = os.open(folder / f".lawnwatch_ingest_{slot}.lock", os.O_RDONLY | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(lock)
+                if isinstance(error, BlockingIOError):
+                    continue
+                raise
+            self._file = folder / f"lawnwatch_ingest{f'_{slot}' if slot else ''}.prom"
+            self._lock, self._slot = lock, str(slot)
+            return
+
+    def close(self) -> None:
+        """Leave the place, and the last figures in it, to the next run."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def fetched(self, fetched: Fetched) -> None:
         self._fetch_seconds.observe(fetched.seconds)
@@ -519,19 +558,25 @@ class IngestMetrics:
         if self._file is None:
             return
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
             write_to_textfile(str(self._file), self._registry)
         except OSError as error:
             logger.warning("the metrics cannot be written", fault=error.strerror)
 
     def collect(self) -> Iterator[Metric]:
         """What Prometheus calls: the report's own counts, so that both always agree."""
-        images_ = CounterMetricFamily("lawnwatch_ingest_images", "Images by what became of them.", labels=["outcome"])
-        for state in ("stored", *BAD):
-            images_.add_metric([state], getattr(self._report, state))
-        yield images_
-        yield CounterMetricFamily("lawnwatch_ingest_bytes", "Bytes of the images stored.", value=self._report.bytes)
-        yield GaugeMetricFamily("lawnwatch_ingest_in_flight", "Images being fetched or put now.", value=self._in_flight)
-        yield GaugeMetricFamily(
-            "lawnwatch_ingest_duration_seconds", "Time since the run began.", value=self._report.seconds
+        images_ = CounterMetricFamily(
+            "lawnwatch_ingest_images", "Images by what became of them.", labels=["outcome", "slot"]
         )
+        for state in ("stored", *BAD):
+            images_.add_metric([state, self._slot], getattr(self._report, state))
+        yield images_
+        bytes_ = CounterMetricFamily("lawnwatch_ingest_bytes", "Bytes of the images stored.", labels=["slot"])
+        bytes_.add_metric([self._slot], self._report.bytes)
+        yield bytes_
+        for name, meaning, value in (
+            ("in_flight", "Images being fetched or put now.", self._in_flight),
+            ("duration_seconds", "Time since the run began.", self._report.seconds),
+        ):
+            gauge = GaugeMetricFamily(f"lawnwatch_ingest_{name}", meaning, labels=["slot"])
+            gauge.add_metric([self._slot], value)
+            yield gauge

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,10 @@ def test_adding_a_url_is_idempotent_and_a_second_label_is_a_conflict(run: Run) -
         (("catalog", "retry", "--state", "stored"), 2, "bad_request", "received 'stored'"),
         (("mow",), 2, "bad_request", "No such command 'mow'"),
         (("ingest", "--limit", "0"), 2, "bad_request", "--limit"),
+        (("catalog", "show", "9" * 30), 2, "not_found", "no image record"),
+        (("catalog", "list", "--after", "9" * 30), 2, "bad_request", "--after"),
+        (("data", "recheck", "--older-than", "9" * 30), 2, "bad_request", "--older-than"),
+        (("predictions", "prune", "--days", "9" * 30), 2, "bad_request", "--days"),
     ],
 )
 def test_a_fault_is_one_sentence_with_a_hint(run: Run, argv: tuple[str, ...], code: int, error: str, says: str) -> None:
@@ -134,6 +139,27 @@ def test_a_fault_of_ours_keeps_its_traceback_in_a_file(run: Run, tmp_path: Path)
     code, said, _ = run("catalog", "status")
     assert (code, said["error"]) == (1, "internal")
     (kept,) = (tmp_path / "faults").iterdir()
+    assert "Traceback" in kept.read_text() and str(kept) in str(said["hint"])
+
+
+def test_a_home_that_cannot_be_made_is_said(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code, said, words = run("catalog", "status", LAWNWATCH_HOME=str(tmp_path / "file" / "home"))
+    assert (code, said["error"]) == (2, "settings")
+    assert "LAWNWATCH_HOME" in words and said["hint"]
+
+
+def test_a_fault_of_ours_is_said_and_kept_even_where_home_takes_no_file(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "tmp"
+    elsewhere.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+    (tmp_path / "catalog.db").write_bytes(b"this is no database" * 100)
+    (tmp_path / "faults").touch()
+    code, said, _ = run("catalog", "status")
+    assert (code, said["error"]) == (1, "internal")
+    (kept,) = elsewhere.iterdir()
     assert "Traceback" in kept.read_text() and str(kept) in str(said["hint"])
 
 

@@ -13,6 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +25,7 @@ from lawn import Lawn, Picture, jpeg, scene
 from lawnwatch import cli, dataset
 from lawnwatch.catalog import ImageRecord, SnapshotRecord
 from lawnwatch.dataset import create, splits
+from lawnwatch.dataset.verify import LOOK_ALIKE, candidates, look_alikes
 from lawnwatch.errors import DataError, InputError, IntegrityError, NotFound, Unavailable
 from lawnwatch.store import LocalStore, ObjectInfo
 
@@ -418,6 +420,25 @@ def test_26_a_copy_smuggled_into_another_split_is_found_by_its_pixels(lawn: Lawn
     assert not report["ok"] and list(report["faults"]) == ["look_alikes"]
     (said,) = report["faults"]["look_alikes"]["first"]
     assert "copy.jpg (train)" in said and f"{row.url} (test)" in said
+
+
+def test_look_alikes_are_all_found_by_looking_at_few_pairs() -> None:
+    rng = np.random.default_rng(0)
+    scenes = rng.standard_normal((2_000, 16, 16, 3)).astype(np.float32)
+    smooth = np.stack([cv2.GaussianBlur(scene, (0, 0), 2) for scene in scenes]).reshape(len(scenes), -1)
+    copies = smooth[:300] + rng.uniform(0, 0.06, (300, 1)) * rng.standard_normal((300, smooth.shape[1]))
+    flat = np.zeros((200, smooth.shape[1]))
+    vectors = np.concatenate([smooth, copies, flat]).astype(np.float32)
+    vectors -= vectors.mean(axis=1, keepdims=True)
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
+    held = rng.choice(dataset.SPLITS, len(vectors), p=[0.7, 0.15, 0.15])
+    apart = np.triu(held[:, None] != held[None, :], 1)
+    alike = np.argwhere(apart & (vectors @ vectors.T >= LOOK_ALIKE))
+    found = list(look_alikes(list(held), vectors))
+    assert 20 < len(alike) < 280, "some of the copies are near enough, some are not"
+    assert sorted(tuple(sorted(pair[:2])) for pair in found) == [tuple(pair) for pair in alike]
+    looked_at = sum(len(others) for _, others in candidates(list(held), vectors))
+    assert looked_at < apart.sum() / 1000
 
 
 def test_rotten_and_missing_objects_are_found(lawn: Lawn) -> None:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -182,6 +183,72 @@ def test_a_service_that_dies_is_started_again_and_told(tmp_path, capsys):
         boss.end()
         for sig, handler in handlers.items():
             signal.signal(sig, handler)
+
+
+# A service whose child holds the port, as MLflow's does; it goes with a code of its own where the port is taken.
+LISTENER = """
+import os, socket, sys, time
+held = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+if os.fork():
+    held.close()
+time.sleep(300)
+"""
+
+
+@pytest.fixture
+def boss(tmp_path: Path) -> Iterator[supervise.Supervisor]:
+    handlers = {sig: signal.getsignal(sig) for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    boss = supervise.Supervisor(tmp_path, dict(os.environ))
+    yield boss
+    boss.end()
+    for sig, handler in handlers.items():
+        signal.signal(sig, handler)
+
+
+def kill_service(boss: supervise.Supervisor, name: str) -> subprocess.Popen[bytes]:
+    first = boss.services[name].process
+    assert first is not None
+    first.kill()
+    first.wait()
+    return first
+
+
+def comes_up(boss: supervise.Supervisor, port: int) -> bool:
+    boss.tick()
+    return not supervise.port_is_free(port)
+
+
+def test_what_is_left_of_a_dead_service_does_not_keep_its_port(boss: supervise.Supervisor) -> None:
+    port = free_port()
+    boss.start("API", sys.executable, "-c", LISTENER, str(port), port=port)
+    wait_for(lambda: comes_up(boss, port))
+    first = kill_service(boss, "API")
+    boss.pause(4)
+    assert boss.services["API"].process not in (None, first)
+    wait_for(lambda: comes_up(boss, port))
+    assert len(boss.services["API"].deaths) == 1
+
+
+def test_a_service_whose_port_was_taken_waits_for_it_and_says_who_has_it(
+    boss: supervise.Supervisor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = free_port()
+    boss.start("API", sys.executable, "-c", LISTENER, str(port), port=port)
+    wait_for(lambda: comes_up(boss, port))
+    for process in supervise.left_behind(boss.home, by=os.getpid()):
+        if str(port) in process.cmdline():
+            process.kill()
+    wait_for(lambda: supervise.port_is_free(port))
+    with socket.create_server(("127.0.0.1", port)):
+        boss.pause(6)
+        said = capsys.readouterr().out
+        assert said.count(f"Port {port} of the API is taken") == 1, said
+        assert f"(process {os.getpid()})" in said and "Free it" in said
+        assert "starting again" not in said and len(boss.services["API"].deaths) == 1
+        with pytest.raises(supervise.Failed, match=f"Port {port} of the API is taken"):
+            boss.wait(lambda: False, "The API", service="API", timeout=20)
+    wait_for(lambda: comes_up(boss, port))
+    assert "The API is starting again" in capsys.readouterr().out
 
 
 def test_a_service_that_cannot_stay_up_is_a_failure_with_its_last_words(tmp_path):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 from lawnwatch import ingest, net
 from lawnwatch.catalog import Catalog
@@ -314,7 +315,7 @@ def test_the_metrics_say_what_the_report_says(
     settings.metrics_dir = tmp_path / "metrics"
     publish(web, catalog, {"1.jpg": picture(1), "2.jpg": picture(2), "3.jpg": 404, "4.jpg": b"no picture"})
     report = ingest.run(settings, catalog, store)
-    (file,) = settings.metrics_dir.iterdir()
+    (file,) = settings.metrics_dir.glob("*.prom")
     assert file.name == "lawnwatch_ingest.prom"
     samples = {
         line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
@@ -322,11 +323,37 @@ def test_the_metrics_say_what_the_report_says(
         if not line.startswith("#")
     }
     for outcome in ("stored", "gone", "quarantined", "failed", "blocked"):
-        assert samples[f'lawnwatch_ingest_images_total{{outcome="{outcome}"}}'] == getattr(report, outcome)
-    assert samples["lawnwatch_ingest_bytes_total"] == report.bytes > 0
-    assert samples["lawnwatch_ingest_fetch_seconds_count"] == 3, "an image that is not there was not fetched"
-    assert samples["lawnwatch_ingest_in_flight"] == 0
-    assert samples["lawnwatch_ingest_duration_seconds"] == report.seconds > 0
+        assert samples[f'lawnwatch_ingest_images_total{{outcome="{outcome}",slot="0"}}'] == getattr(report, outcome)
+    assert samples['lawnwatch_ingest_bytes_total{slot="0"}'] == report.bytes > 0
+    assert samples['lawnwatch_ingest_fetch_seconds_count{slot="0"}'] == 3, "an image that is not there was not fetched"
+    assert samples['lawnwatch_ingest_in_flight{slot="0"}'] == 0
+    assert samples['lawnwatch_ingest_duration_seconds{slot="0"}'] == report.seconds > 0
+
+
+def test_runs_side_by_side_keep_their_metrics_and_repeat_no_series(
+    settings: Settings, catalog: Catalog, store: LocalStore, web: Web, tmp_path: Path
+) -> None:
+    settings.metrics_dir = folder = tmp_path / "metrics"
+    publish(web, catalog, {"1.jpg": picture(1)})
+    other = ingest.IngestMetrics(folder)
+    other.write(ingest.IngestReport(stored=7), in_flight=3)
+    ingest.run(settings, catalog, store)
+    files = sorted(folder.glob("*.prom"))
+    assert [file.name for file in files] == ["lawnwatch_ingest.prom", "lawnwatch_ingest_1.prom"]
+    samples = [
+        sample
+        for file in files
+        for family in text_string_to_metric_families(file.read_text())
+        for sample in family.samples
+    ]
+    series = [(sample.name, *sorted(sample.labels.items())) for sample in samples]
+    assert len(series) == len(set(series)), "node exporter refuses a series that another file has"
+    assert sum(sample.value for sample in samples if sample.labels.get("outcome") == "stored") == 8
+    other.close()
+    publish(web, catalog, {"2.jpg": picture(2)})
+    ingest.run(settings, catalog, store)
+    assert sorted(folder.glob("*.prom")) == files, "a run takes the place of one that has ended"
+    assert 'outcome="stored",slot="0"} 1.0' in files[0].read_text()
 
 
 def test_claims_are_renewed_while_images_wait(

@@ -7,6 +7,7 @@ import base64
 import http.server
 import io
 import json
+import struct
 import sys
 import threading
 import time
@@ -19,13 +20,13 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops, ImageOps
 from streamlit.testing.v1 import AppTest
 
 pytestmark = pytest.mark.unit
 
 WEBAPP = Path(__file__).resolve().parents[2] / "webapp"
-OURS = ("api", "charts", "metrics", "parts", "settings")
+OURS = ("api", "charts", "metrics", "parts", "serve", "settings")
 SHA = "3f" * 32
 Answer = tuple[int, dict[str, str], bytes]
 
@@ -577,6 +578,59 @@ def test_a_page_mark_that_the_api_forgot_does_not_lock_the_history(stub: Stub) -
     assert "details-p30" in [each.key for each in app.button]
 
 
+@pytest.mark.parametrize("status", [401, 429, 503])
+def test_a_picture_that_could_not_be_asked_for_is_not_said_to_be_gone(stub: Stub, status: int) -> None:
+    stub.records = stub.records[1:5]
+    app = open_page("history")
+    said = text(app).count("picture not kept")
+    for record in stub.records:
+        stub.answers[f"/predictions/{record['prediction_id']}/image"] = lambda: problem(status, "x", "Not now.")
+    next(each for each in app.button if each.key == "details-p29").click().run()
+    assert_calm(app)
+    assert text(app).count("picture not kept") == said and "Not now." in text(app)
+    sys.modules["streamlit"].cache_data.clear()
+    app.run()
+    assert_calm(app)
+    assert text(app).count("picture not kept") == said and text(app).count("Not now.") == 1
+
+
+def test_a_busy_api_does_not_turn_the_history_back_to_its_first_page(stub: Stub) -> None:
+    app = open_page("history")
+    next(each for each in app.button if each.label == "Older").click().run()
+    stub.answers["/predictions"] = lambda: problem(503, "busy", "Too many requests.", **{"retry-after": "2"})
+    app.run()
+    assert "Try again in 2 s." in text(app)
+    stub.answers.clear()
+    app.run()
+    assert "details-p18" in [each.key for each in app.button]
+
+
+def test_exif_that_is_broken_does_not_break_the_page(stub: Stub) -> None:
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0"
+    exif += struct.pack("<HHI4s", 0x0112, 3, 1, b"\x06\0\0\0")  # turned by a quarter
+    exif += struct.pack("<HHI4s", 0x0100, 2, 2, b"x\0\0\0") + b"\0\0\0\0"  # a width that is a word
+    out = io.BytesIO()
+    Image.new("RGB", (64, 48), "green").save(out, "JPEG", exif=exif)
+    app = upload(open_page("predict"), out.getvalue())
+    assert_calm(app)
+    assert app.get("image"), "the API answers for it, and a person sees it"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_shown_as_a_person_holds_it(orientation: int) -> None:
+    picture = Image.new("RGB", (64, 48), "black")
+    picture.paste("red", (0, 0, 32, 24))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=95, exif=exif)
+    with Image.open(io.BytesIO(ours("parts").upright(out.getvalue()))) as shown:
+        wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(out.getvalue())))
+        assert shown.size == wanted.size
+        difference = ImageChops.difference(shown, wanted.convert("RGB")).getextrema()
+    assert max(high for _, high in difference) < 64
+
+
 def test_a_picture_is_never_fetched_from_elsewhere(stub: Stub) -> None:
     api = ours("api")
     with api.Api(stub.url) as client:
@@ -591,6 +645,30 @@ def test_a_setting_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch)
     app = open_page("model")
     assert_calm(app)
     assert "LAWNWATCH_WEBAPP_TIMEOUT" in text(app)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("LAWNWATCH_API_KEY", "schlüssel-canary"), ("LAWNWATCH_WEBAPP_METRICS_PORT", "canary")],
+)
+def test_a_setting_that_cannot_be_used_is_named_without_its_value(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    app = open_page("model")
+    assert_calm(app)
+    assert f"not usable: {name}" in text(app) and "canary" not in text(app)
+    with pytest.raises(SystemExit) as end:
+        import_module("serve").main()
+    assert name in str(end.value) and "canary" not in str(end.value)
+
+
+def test_the_newline_at_the_end_of_a_keys_file_is_not_part_of_the_key(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAWNWATCH_API_KEY", "lw_key\n")
+    assert_calm(open_page("model"))
+    assert stub.keys == {"lw_key"}
 
 
 # ── the writing of figures ──────────────────────────────────────────────────────────────────────────────────

@@ -7,11 +7,12 @@ from html import escape
 import streamlit as st
 
 import parts
-from api import Api, ApiError, History, Record, Refused, TooSlow, Unreachable
+from api import Api, ApiError, Garbled, History, Record, Refused
 
 PAGE = 12
 COLUMNS = 4
 NO_PICTURE = '<div class="lw-noimage">picture not kept</div>'
+NOT_LOADED = '<div class="lw-noimage">picture not loaded</div>'
 
 
 def known_labels(client: Api) -> list[str]:
@@ -49,17 +50,25 @@ def picture(client: Api, record: Record) -> bytes | None:
     """The thumbnail of a record; None when its picture is not kept or cannot be shown.
 
     Raises:
-        Unreachable, TooSlow: the API is gone; asking for the other pictures would only make the page wait.
+        Unreachable, TooSlow, Refused: the API gives no pictures now; asking for the others would only make the page
+            wait.
     """
     if not record.image_url:
         return None
     try:
         small: bytes = parts.kept_thumbnail(client.url, record.image_url)
-    except (Unreachable, TooSlow):
-        raise
-    except (ApiError, OSError):
+    except Refused as error:
+        if not is_gone(error):
+            raise
+        return None
+    except (Garbled, OSError):
         return None
     return small
+
+
+def is_gone(error: ApiError) -> bool:
+    """The API has no such picture any more; any other refusal says nothing about it."""
+    return isinstance(error, Refused) and error.status == 404
 
 
 @st.dialog("Prediction", width="large")  # type: ignore[untyped-decorator]
@@ -75,7 +84,12 @@ def details(client: Api, record: Record) -> None:
                 width="stretch",
                 alt=f"The picture that was answered {record.label}",
             )
-        except (ApiError, OSError):
+        except ApiError as error:
+            if is_gone(error):
+                st.html(NO_PICTURE)
+            else:
+                parts.say(error, asked_again=False)
+        except OSError:
             st.html(NO_PICTURE)
     with right:
         st.html(f'<p class="lw-answer">{escape(record.label)}</p>')
@@ -103,10 +117,10 @@ def described(record: Record) -> list[tuple[str, str]]:
     return rows
 
 
-def card(client: Api, record: Record, thumbnail: bytes | None) -> None:
-    """One prediction in the grid."""
+def card(client: Api, record: Record, thumbnail: bytes | None, *, asked: bool) -> None:
+    """One prediction in the grid; `asked` tells a picture that is not kept from one that the API would not give."""
     if thumbnail is None:
-        st.html(NO_PICTURE)
+        st.html(NO_PICTURE if asked or not record.image_url else NOT_LOADED)
     else:
         st.image(thumbnail, width="stretch", alt=f"A picture that was answered {record.label}")
     version = f" · v{record.model_version}" if record.model_version is not None else ""
@@ -130,10 +144,10 @@ def grid(client: Api, found: History) -> None:
             if gone is None:
                 try:
                     thumbnail = picture(client, record)
-                except (Unreachable, TooSlow) as error:
+                except ApiError as error:
                     gone = error
             with column:
-                card(client, record, thumbnail)
+                card(client, record, thumbnail, asked=gone is None)
     if gone:
         parts.say(gone)
     pages = st.session_state["pages"]
@@ -160,7 +174,7 @@ try:
     found = client.history(limit=PAGE, before=st.session_state["pages"][-1], label=label)
 except ApiError as error:
     # A page mark that the API no longer knows (its history was pruned) must not lock the page.
-    if isinstance(error, Refused) and len(st.session_state["pages"]) > 1:
+    if isinstance(error, Refused) and error.status in (400, 404, 422) and len(st.session_state["pages"]) > 1:
         first_page()
     parts.say(error)
 else:

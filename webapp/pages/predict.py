@@ -97,14 +97,14 @@ else:
     left, right = st.columns(2, gap="large")
     with left:
         why = answer.explanation if isinstance(answer, Prediction) else None
-        marked = why is not None and st.session_state.get("why", False)
+        marked = why if st.session_state.get("why") else None
         try:
             # Drawn from the decoded picture, so that bytes that are none never reach the browser as one.
             st.image(
-                parts.upright(why.png_base64) if why and marked else parts.upright(picture),
+                parts.upright(marked.png_base64 if marked else picture),
                 caption=f"{upload.name} · {parts.size(len(picture))}",
                 width="stretch",
-                alt=f"The uploaded picture {upload.name}" + (f", what speaks for {why.of} marked" if marked else ""),
+                alt=f"The uploaded picture {upload.name}" + (f", what speaks for {marked.of} marked" if marked else ""),
             )
             if why is not None:
                 st.toggle(

@@ -26,7 +26,7 @@ READ_AT_ONCE = 256
 THUMBNAIL = 16  # side in pixels
 FLAT = 2.0  # standard deviation of a thumbnail, grey levels of 255, below which it shows nothing
 LOOK_ALIKE = 0.99
-COMPARED_AT_ONCE = 4_000
+COMPARED_DIMENSIONS = 16  # of 768: lawns that are not alike are nearly all farther apart in so few
 
 
 def verify_snapshot(
@@ -186,18 +186,39 @@ def look_alikes(
     Yields:
         Two positions, and the correlation of the pictures there.
     """
-    where = {split: np.flatnonzero(np.array(splits) == split) for split in SPLITS}
-    said, done = time.monotonic(), 0
+    said = time.monotonic()
+    for done, (one, others) in enumerate(candidates(splits, thumbnails)):
+        likeness = thumbnails[others] @ thumbnails[one]
+        for i in np.flatnonzero(likeness >= LOOK_ALIKE):
+            yield int(others[i]), one, float(likeness[i])
+        if time.monotonic() - said > 10:
+            said = time.monotonic()
+            progress(f"Looked for the like of {done + 1:,} pictures in the splits before theirs.")
+
+
+def candidates(splits: Sequence[str], thumbnails: NDArray[np.float32]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """For each picture the pictures of another split that may look alike; those left out cannot.
+
+    Vectors of length one that correlate at r lie sqrt(2 - 2r) apart, and their shadows on a few dimensions are no
+    farther. A tree finds the shadows that near without looking at every pair; the dimensions are those along which
+    pictures differ most, so that few of them tell nearly all apart.
+
+    Args:
+        splits, thumbnails: as for `look_alikes`.
+
+    Yields:
+        A position, and the positions in one split that SPLITS names before the picture's own.
+    """
+    from scipy.spatial import KDTree  # type: ignore[import-untyped]
+
+    shown = np.any(thumbnails, axis=1)  # of one colour: all zero, near each other and like nothing
+    where = {split: np.flatnonzero((np.array(splits) == split) & shown) for split in SPLITS}
+    _, directions = np.linalg.eigh(thumbnails.T @ thumbnails)  # the widest come last
+    shadows = thumbnails @ directions[:, -COMPARED_DIMENSIONS:]
+    radius = float(np.sqrt(2 - 2 * LOOK_ALIKE)) + 1e-3  # more than float32 rounds
     for one, other in combinations(SPLITS, 2):
-        left, right = where[one], where[other]
-        for a in range(0, len(left), COMPARED_AT_ONCE):
-            rows = left[a : a + COMPARED_AT_ONCE]
-            for b in range(0, len(right), COMPARED_AT_ONCE):
-                columns = right[b : b + COMPARED_AT_ONCE]
-                likeness = thumbnails[rows] @ thumbnails[columns].T
-                for i, j in np.argwhere(likeness >= LOOK_ALIKE):
-                    yield int(rows[i]), int(columns[j]), float(likeness[i, j])
-                done += likeness.size
-            if time.monotonic() - said > 10:
-                said = time.monotonic()
-                progress(f"Compared {done:,} pairs of pictures.")
+        tree = KDTree(shadows[where[one]])
+        for position in where[other]:
+            near = tree.query_ball_point(shadows[position], radius, return_sorted=True)
+            if near:
+                yield int(position), where[one][near]
