@@ -48,6 +48,17 @@ def test_without_web_and_weights_it_says_so_loudly_and_keeps_samples_apart(nowhe
     assert len(list(plan.home.glob("drawn/*/*.jpg"))) >= 4
 
 
+def test_a_network_of_random_numbers_is_not_asked_how_it_does_in_the_dark(nowhere, monkeypatch, capsys):
+    plan = demo.make_plan("", "none")
+    ports = demo.Ports(api=1, web=2, airflow=3, mlflow=4)
+    floor = "LAWNWATCH_GATE__MIN_ROBUST_ACCURACY"
+    assert f"{floor}=0" in capsys.readouterr().out
+    assert demo.environment(plan, ports, "")[floor] == "0"
+    assert floor not in demo.environment(demo.replace(plan, weights="imagenet"), ports, "")
+    monkeypatch.setenv(floor, "0.5")
+    assert demo.environment(plan, ports, "")[floor] == "0.5"
+
+
 def test_a_folder_plays_the_web_and_is_remembered(nowhere, photos, capsys):
     weights = nowhere / "weights.h5"
     weights.write_bytes(b"weights")
