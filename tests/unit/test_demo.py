@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -54,7 +55,7 @@ def test_a_network_of_random_numbers_is_not_asked_how_it_does_in_the_dark(nowher
     floor = "LAWNWATCH_GATE__MIN_ROBUST_ACCURACY"
     assert f"{floor}=0" in capsys.readouterr().out
     assert demo.environment(plan, ports, "")[floor] == "0"
-    assert floor not in demo.environment(demo.replace(plan, weights="imagenet"), ports, "")
+    assert floor not in demo.environment(replace(plan, weights="imagenet"), ports, "")
     monkeypatch.setenv(floor, "0.5")
     assert demo.environment(plan, ports, "")[floor] == "0.5"
 
