@@ -11,6 +11,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
@@ -435,6 +436,9 @@ def test_brightness_and_sharpness() -> None:
     assert images.brightness(np.full((9, 9, 3), 255, np.uint8)) == 1
     noise = np.random.default_rng(1).integers(0, 256, (300, 200, 3), dtype=np.uint8)
     assert images.sharpness(noise) > 50 > images.sharpness(np.full((300, 200, 3), 99, np.uint8)) == 0
+    exact = noise[:224, :200].repeat(2, axis=1)[:, :224]  # of the size at which it is measured
+    edges = cv2.Laplacian(cv2.cvtColor(exact, cv2.COLOR_RGB2GRAY).astype(np.float64), cv2.CV_64F)
+    assert images.sharpness(exact) == pytest.approx(edges.var(), rel=1e-12)
 
 
 def test_a_thumbnail_keeps_the_aspect_ratio_the_orientation_and_never_enlarges() -> None:

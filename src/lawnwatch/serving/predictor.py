@@ -40,7 +40,7 @@ class Answer:
         embedding: little-endian float16 bytes of the embedding.
         cam: (h, w) float32, where the picture speaks for the likeliest class; None when the graph does not tell.
         brightness, sharpness: of the decoded picture, see `images`.
-        decode_seconds, infer_seconds: time spent.
+        decode_seconds, infer_seconds: time spent; what `images` measures of the picture counts as decoding.
     """
 
     label: str
@@ -127,12 +127,12 @@ class Predictor:
         return self._judge(info, rgb, time.perf_counter())
 
     def _judge(self, info: images.ImageInfo, rgb: images.Rgb, started: float) -> Answer:
+        brightness, sharpness = images.light_and_blur(rgb)  # before the graph turns the picture out of the caches
         decoded = time.perf_counter()
         outputs = self._graph()(rgb)
         shares = probabilities(outputs.logits, self.manifest.temperature)
         score = self._detector.score(outputs) if self._detector is not None else None
         inferred = time.perf_counter()
-        brightness, sharpness = images.light_and_blur(rgb)
         best = int(shares.argmax())
         unknown = score is not None and self._detector is not None and score >= self._detector.spec.threshold
         return Answer(
