@@ -51,6 +51,7 @@ async def serving(finish_seconds: float = 5.0) -> AsyncIterator[tuple[Server, in
         drain_seconds=0,
         finish_seconds=finish_seconds,
         on_drain=lambda: None,
+        crowded=lambda: False,
     )
     port = int(sock.getsockname()[1])
     task = asyncio.create_task(running._serve([sock]))

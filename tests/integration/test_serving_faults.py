@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import threading
@@ -59,6 +60,17 @@ def test_12_a_flood_from_one_client_does_not_starve_another(start: Callable[...,
     assert guest == [200] * 8
     assert set(flood) == {200, 503}
     assert api.metric('lawnwatch_predict_refused_total{reason="pushed_out"}') > 0
+
+
+def test_while_pictures_queue_the_event_loop_takes_no_core_from_the_threads(start: Callable[..., Api]) -> None:
+    api = start(LAWNWATCH_SERVING__THREADS="1")
+    assert api.process is not None
+    loop, large = api.process.pid, sb.picture(sb.YELLOW, size=(4000, 3000))
+    with ThreadPoolExecutor(16) as crowd:
+        answers = [crowd.submit(posted, api, large, "127.0.0.2") for _ in range(48)]
+        wait_for(lambda: os.sched_getscheduler(loop) == os.SCHED_BATCH, 30)
+    assert {each.result() for each in answers} == {200}
+    wait_for(lambda: os.sched_getscheduler(loop) == os.SCHED_OTHER, 5)
 
 
 def test_10_half_open_and_idle_connections_take_nothing_from_others(start: Callable[..., Api]) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 logger = log.get(__name__)
 
+CROWD = 4  # pictures that wait, for each thread
 UNCERTAIN_BELOW = 0.8  # answers less confident than this are kept with their picture under `uncertain`
 
 
@@ -114,6 +115,10 @@ class Api:
         if self._store is None:
             self._store = open_store(self.settings)
         return self._store
+
+    def crowded(self) -> bool:
+        """So many pictures wait that no thread runs out of them within a few turns of the event loop."""
+        return self.pool.waiting > CROWD * self.settings.serving.threads
 
     def admissible(self) -> Predictor:
         """The model that serves. Raises NoModel."""

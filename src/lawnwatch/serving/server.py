@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import errno
 import gc
 import math
+import os
 import socket
 import threading
 import time
@@ -196,12 +198,21 @@ class Server(uvicorn.Server):
     Args:
         finish_seconds: for what is under way; then all connections are cut, so that nobody keeps the records from
             being written.
+        crowded: whether so many pictures wait that no thread runs out of them soon.
     """
 
     def __init__(
-        self, config: uvicorn.Config, *, drain_seconds: float, finish_seconds: float, on_drain: Callable[[], None]
+        self,
+        config: uvicorn.Config,
+        *,
+        drain_seconds: float,
+        finish_seconds: float,
+        on_drain: Callable[[], None],
+        crowded: Callable[[], bool],
     ) -> None:
         super().__init__(config)
+        self._crowded = crowded
+        self._gives_way = False
         self._drain_seconds = drain_seconds
         self._finish_seconds = finish_seconds
         self._on_drain = on_drain
@@ -227,6 +238,7 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called every 0.1 s; True ends the main loop."""
+        self._give_way(self._crowded())
         if counter % 10 == 0:
             now = time.monotonic()
             for each in list(self.server_state.connections):
@@ -235,6 +247,17 @@ class Server(uvicorn.Server):
         if self._ends_at is not None and time.monotonic() >= self._ends_at:
             self.should_exit = True
         return await super().on_tick(counter)
+
+    def _give_way(self, crowded: bool) -> None:
+        """While pictures queue, this thread waits for a core instead of taking one from a thread that predicts.
+
+        What it would bring has to wait anyway, and each interruption costs the other thread its caches.
+        """
+        if crowded == self._gives_way or not hasattr(os, "SCHED_BATCH"):
+            return
+        self._gives_way = crowded
+        with contextlib.suppress(OSError):  # a sandbox may forbid it: all is as before then, only slower
+            os.sched_setscheduler(0, os.SCHED_BATCH if crowded else os.SCHED_OTHER, os.sched_param(0))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let what is under way finish, in bounds, then end the application."""
@@ -312,6 +335,7 @@ def run(settings: Settings) -> None:
         drain_seconds=serving.drain_seconds,
         finish_seconds=finish,
         on_drain=app.state.api.drain,
+        crowded=app.state.api.crowded,
     ).run([sock])
 
 
