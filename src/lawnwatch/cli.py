@@ -30,6 +30,7 @@ from lawnwatch.config import Settings, get_settings
 from lawnwatch.errors import (
     NOTHING_TO_DO,
     Conflict,
+    DataError,
     InputError,
     IntegrityError,
     LawnwatchError,
@@ -40,7 +41,8 @@ from lawnwatch.keys import PREDICT
 from lawnwatch.store import ObjectStore, open_store
 
 if TYPE_CHECKING:
-    from lawnwatch.catalog import Catalog  # SQLAlchemy takes a third of a second, which `serve` and `--help` do without
+    # SQLAlchemy takes a third of a second, which `serve` and `--help` do without.
+    from lawnwatch.catalog import Catalog, ImportReport
 
 MOST_DAYS = 36_500  # a date so long ago can still be reckoned
 INTERRUPTED, TOLD_TO_STOP = 128 + signal.SIGINT, 128 + signal.SIGTERM
@@ -183,8 +185,16 @@ def catalog_import(
     file: Annotated[Path, typer.Argument(help="CSV with the header url,label, Parquet, or JSON lines.")],
     source: LabelSource = "import",
 ) -> None:
-    """Add many image records. Importing twice changes nothing; bad lines go to a reject file."""
-    emit(opened_catalog().import_file(file, source=source, on_progress=progress))
+    """Add many image records. Importing twice changes nothing; bad lines go to a reject file.
+
+    Exit code 3 when all of them are bad.
+    """
+    _imported(opened_catalog().import_file(file, source=source, on_progress=progress))
+
+
+def _imported(report: ImportReport) -> NoReturn:
+    """A file of which not one row is a record is most likely another file than was meant."""
+    emit(report, exit_code=DataError.exit_code if report.rows and report.rejected == report.rows else 0)
 
 
 @catalog_app.command("import-table", epilog="Example: lawnwatch catalog import-table plants_data")
@@ -200,9 +210,10 @@ def catalog_import_table(
     """Add the rows of an existing table, read from the database LAWNWATCH_IMPORT_DATABASE_URL.
 
     A setting and not an option, because everybody on a machine can read its command lines and the URL may hold a
-    password. Without it, the table is in the catalog's own database. The table is only read.
+    password. Without it, the table is in the catalog's own database. The table is only read. Exit code 3 when all
+    rows are bad.
     """
-    emit(
+    _imported(
         opened_catalog().import_table(
             table,
             url_column=url_column,

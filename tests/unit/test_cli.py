@@ -182,5 +182,9 @@ def test_importing_twice_changes_nothing_and_bad_lines_go_to_a_reject_file(run: 
     assert (first["added"], first["rejected"]) == (1, 2)
     rejects = Path(str(first["reject_file"])).read_text().splitlines()
     assert rejects[1].startswith("3,not a url")
-    assert run("catalog", "import", str(file))[1]["unchanged"] == 1
+    code, again = run("catalog", "import", str(file))[:2]
+    assert (code, again["unchanged"]) == (0, 1)
     assert run("catalog", "status")[1]["total"] == 1
+    file.write_text("url,label\nnot a url,grass\n")
+    code, none = run("catalog", "import", str(file))[:2]
+    assert (code, none["rejected"]) == (3, 1)
