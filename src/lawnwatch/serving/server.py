@@ -255,9 +255,11 @@ class Server(uvicorn.Server):
         """
         if crowded == self._gives_way or not hasattr(os, "SCHED_BATCH"):
             return
-        self._gives_way = crowded
         with contextlib.suppress(OSError):  # a sandbox may forbid it: all is as before then, only slower
+            if crowded and os.sched_getscheduler(0) != os.SCHED_OTHER:
+                return  # whoever started the process has chosen for it
             os.sched_setscheduler(0, os.SCHED_BATCH if crowded else os.SCHED_OTHER, os.sched_param(0))
+            self._gives_way = crowded
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let what is under way finish, in bounds, then end the application."""
