@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -55,8 +56,7 @@ def new_id() -> str:
                 _last_milliseconds, _sequence = _last_milliseconds + 1, 0
         head = (_last_milliseconds << 16) | (7 << 12) | _sequence
     tail = (int.from_bytes(random_bytes(8)) >> 2) | (2 << 62)
-    text = f"{(head << 64) | tail:032x}"
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+    return str(uuid.UUID(int=(head << 64) | tail))
 
 
 @dataclass(frozen=True, slots=True)

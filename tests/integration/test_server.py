@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+import os
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -43,7 +44,7 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 @contextlib.asynccontextmanager
-async def serving(finish_seconds: float = 5.0) -> AsyncIterator[tuple[Server, int]]:
+async def serving(finish_seconds: float = 5.0, crowded: Callable[[], bool] = bool) -> AsyncIterator[tuple[Server, int]]:
     """A running server and its port."""
     sock = listen("127.0.0.1", 0)
     running = Server(
@@ -51,7 +52,7 @@ async def serving(finish_seconds: float = 5.0) -> AsyncIterator[tuple[Server, in
         drain_seconds=0,
         finish_seconds=finish_seconds,
         on_drain=lambda: None,
-        crowded=lambda: False,
+        crowded=crowded,
     )
     port = int(sock.getsockname()[1])
     task = asyncio.create_task(running._serve([sock]))
@@ -214,3 +215,17 @@ async def test_44_nobody_who_stays_keeps_the_server_from_ending(caplog: pytest.L
     assert "Exception" not in caplog.text and "Cancel" not in caplog.text
     for _, writer in stuck:
         writer.close()
+
+
+@pytest.mark.parametrize("chosen", [os.SCHED_OTHER, os.SCHED_BATCH], ids=["default", "an operator's"])
+async def test_the_scheduling_class_after_a_crowd_is_the_one_before(chosen: int) -> None:
+    crowd = [True]
+    os.sched_setscheduler(0, chosen, os.sched_param(0))
+    try:
+        async with serving(crowded=lambda: bool(crowd)):
+            await until(lambda: os.sched_getscheduler(0) == os.SCHED_BATCH)
+            crowd.clear()
+            await asyncio.sleep(0.5)
+            assert os.sched_getscheduler(0) == chosen
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))

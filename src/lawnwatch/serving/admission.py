@@ -481,46 +481,30 @@ async def in_thread(pool: Executor, receive: Receive, deadline: float, work: Cal
 
 
 async def _result(job: Future[T], receive: Receive, deadline: float, sender: Sender | None) -> T:
-    # One future for whatever happens first: asyncio.wrap_future and asyncio.wait cost several times as much.
-    loop = asyncio.get_running_loop()
-    happened: asyncio.Future[None] = loop.create_future()
-    gone: asyncio.Future[None] | None = None
-    clock: asyncio.TimerHandle
-
-    def tell(_: object = None) -> None:
-        if not happened.done():
-            happened.set_result(None)
-
-    def ended(_: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(tell)
-
-    def watch() -> None:
-        nonlocal gone, clock
-        gone = asyncio.ensure_future(_disconnected(receive))
-        gone.add_done_callback(tell)
-        clock = loop.call_at(deadline, tell)
-
-    job.add_done_callback(ended)
-    clock = loop.call_at(min(loop.time() + UNWATCHED, deadline), watch)
+    done: asyncio.Future[T] = asyncio.wrap_future(job)
+    await asyncio.wait({done}, timeout=min(UNWATCHED, max(0.0, deadline - asyncio.get_running_loop().time())))
+    if done.done() and not done.cancelled():
+        return done.result()
+    gone = asyncio.ensure_future(_disconnected(receive))
+    waited_for: set[asyncio.Future[Any]] = {done, gone}
     try:
-        await happened
-        if job.cancelled():
+        left = max(0.0, deadline - asyncio.get_running_loop().time())
+        await asyncio.wait(waited_for, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        if done.cancelled():
             raise _pushed_out()
-        if not job.done():
-            if not job.cancel():  # it is running: let it end, its thread is not free before that
-                await asyncio.wait({asyncio.wrap_future(job)})
-            elif sender is not None:
-                sender.count("gone" if gone is not None and gone.done() else "deadline")
-            if gone is not None and gone.done():
-                raise ClientGone
-            if job.cancelled():
-                raise Overloaded("No thread became free in time.", hint="Try again.", retry_after=2)
-        return job.result()
+        if done.done():
+            return done.result()
+        if not job.cancel():  # it is running: let it end, its thread is not free before that
+            await asyncio.wait({done})
+        elif sender is not None:
+            sender.count("gone" if gone.done() else "deadline")
+        if gone.done():
+            raise ClientGone
+        if job.cancelled():
+            raise Overloaded("No thread became free in time.", hint="Try again.", retry_after=2)
+        return done.result()
     finally:
-        clock.cancel()
-        if gone is not None:
-            gone.cancel()
+        gone.cancel()
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

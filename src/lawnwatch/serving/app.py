@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
-from typing import cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.errors import ServerErrorMiddleware
-from starlette.types import ASGIApp
 
 from lawnwatch import __version__, log
 from lawnwatch.config import Settings
@@ -28,13 +25,6 @@ from lawnwatch.serving.routes import docs, history, predict, reports, state, v2
 from lawnwatch.serving.watcher import ModelWatcher
 
 logger = log.get(__name__)
-
-
-class Application(FastAPI):
-    """FastAPI without the middleware that it puts around all others: what nobody foresaw is the Envelope's to tell."""
-
-    def build_middleware_stack(self) -> ASGIApp:
-        return cast(ServerErrorMiddleware, super().build_middleware_stack()).app
 
 
 def create_app(settings: Settings, watcher: ModelWatcher | None = None) -> FastAPI:
@@ -53,7 +43,7 @@ def create_app(settings: Settings, watcher: ModelWatcher | None = None) -> FastA
         finally:
             api.stop()
 
-    app = Application(
+    app = FastAPI(
         title="lawnwatch",
         version=__version__,
         description="What does the picture show? Every answer names the model version that made it; every error is a "
