@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -122,6 +123,34 @@ async def test_a_refused_client_that_comes_back_at_once_is_heard_later_and_no_ot
         assert not again.done()
         assert (await again)[2] == b"hello"
         writer.close()
+
+
+async def test_a_crowd_of_refused_clients_is_heard_again_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "REST_SECONDS", 0.1)
+    monkeypatch.setattr(server, "READ_AGAIN_PER_SECOND", 20)
+    async with serving() as (_, port):
+        crowd = [await connected(port, get("/full")) for _ in range(30)]
+        for reader, _writer in crowd:
+            await answer(reader)
+        begun = time.monotonic()
+        for _reader, writer in crowd:
+            writer.write(get("/"))
+        await asyncio.gather(*(answer(reader) for reader, _writer in crowd))
+        assert time.monotonic() - begun > 1.0
+        for _reader, writer in crowd:
+            writer.close()
+
+
+async def test_no_crowd_is_so_large_that_a_refused_client_rests_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "READ_AGAIN_PER_SECOND", 0.1)
+    monkeypatch.setattr(server, "MAX_REST_SECONDS", 0.5)
+    async with serving() as (_, port):
+        crowd = [await connected(port, get("/full")) for _ in range(5)]
+        for reader, writer in crowd:
+            await answer(reader)
+            writer.write(get("/"))
+            assert (await answer(reader))[2] == b"hello"
+            writer.close()
 
 
 async def test_10_who_reads_slowly_but_reads_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:

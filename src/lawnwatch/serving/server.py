@@ -37,9 +37,11 @@ MAX_HEAD_BYTES = 65_536
 MAX_CONNECTIONS = 2_048
 UNREAD_SECONDS = 10.0  # in which a client takes all that waits for it, or
 UNREAD_BYTES = 500_000  # so much of it
-# After a refusal for want of room a connection is not read for so long. Hundreds that come back at once, whatever
-# Retry-After says, would keep the event loop busy all the time, and the threads that answer wait for the GIL.
-REST_SECONDS = 0.25
+# After a refusal for want of room a connection is not read for so long at least, and then in its turn, so many a second.
+# Hundreds that come back at once, whatever Retry-After says, would keep the event loop busy all the time, and the
+# threads that answer wait for the GIL.
+REST_SECONDS, MAX_REST_SECONDS = 0.25, 4.0
+READ_AGAIN_PER_SECOND = 300
 # From the end of draining to that of the process are 30 s: these for what is under way, 1 for it to notice that it was
 # cut, 5 for the watcher, 11 for the records, 1 to spare. The chart kills 5 s later.
 FINISH_SECONDS = 12.0
@@ -59,6 +61,7 @@ class TimedProtocol(HttpToolsProtocol):
     What runs for every request is a comparison or two: who does not read is looked for from outside, once a second.
     """
 
+    _last_turn = 0.0  # of all connections: when the last of those that rest is read again, in the loop's time
     _clock: asyncio.TimerHandle | None = None
     _in_message = False
     _in_head = True
@@ -151,8 +154,14 @@ class TimedProtocol(HttpToolsProtocol):
         if self._in_message:
             self._arm(LINGER_SECONDS)
         if answered is not None and answered.scope["state"].get("refused"):
-            self.flow.pause_reading()
-            self.loop.call_later(REST_SECONDS, self._wake)
+            self._rest()
+
+    def _rest(self) -> None:
+        self.flow.pause_reading()
+        now = self.loop.time()
+        turn = max(now + REST_SECONDS, TimedProtocol._last_turn + 1 / READ_AGAIN_PER_SECOND)
+        TimedProtocol._last_turn = min(turn, now + MAX_REST_SECONDS)
+        self.loop.call_at(TimedProtocol._last_turn, self._wake)
 
     def _wake(self) -> None:
         if not self.transport.is_closing():
