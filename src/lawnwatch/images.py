@@ -33,6 +33,18 @@ EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 MEDIA_TYPES = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 SIZE = 224
 
+# What people send instead, to be named in the refusal.
+SIGNATURES = (
+    (b"GIF8", "GIF"),
+    (b"BM", "BMP"),
+    (b"II*\0", "TIFF, or a camera's raw format"),
+    (b"MM\0*", "TIFF, or a camera's raw format"),
+    (b"%PDF", "PDF"),
+    (b"PK\3\4", "a ZIP archive"),
+    (b"<", "a web page, or SVG"),
+)
+BRANDS = {b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"avif": "AVIF"}  # of an ISO media file
+
 # Recorded in every bundle: a server whose code prepares pictures differently must not serve it.
 PREPROCESSING = {
     "size": SIZE,
@@ -136,7 +148,7 @@ def _opened(data: bytes, *, max_pixels: int, max_bytes: int | None) -> Iterator[
         ):
             raise ImageError("The picture's header is damaged or cut off.", hint="Send the whole file.") from None
         raise UnsupportedMedia(
-            f"The file is not a JPEG, PNG or WebP picture; it begins with {data[:8]!r}.",
+            f"The file is not a JPEG, PNG or WebP picture; {_likely(data)}.",
             hint="Convert it to JPEG, PNG or WebP.",
         ) from None
     except Image.DecompressionBombError:
@@ -161,6 +173,16 @@ def _opened(data: bytes, *, max_pixels: int, max_bytes: int | None) -> Iterator[
                 f"The picture cannot be decoded: {error}.",
                 hint="It is truncated or damaged; send the whole file.",
             ) from None
+
+
+def _likely(data: bytes) -> str:
+    """What a file that is no picture for us seems to be, for the person who sent it."""
+    if data[4:8] == b"ftyp":
+        return f"it looks like {BRANDS.get(data[8:12], 'a film')}"
+    for signature, name in SIGNATURES:
+        if data.startswith(signature):
+            return f"it looks like {name}"
+    return f"its first bytes are {data[:8].hex(' ')}"
 
 
 def _bomb(max_pixels: int) -> TooManyPixels:

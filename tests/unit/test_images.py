@@ -108,6 +108,21 @@ def test_01_only_jpeg_png_and_webp(data: bytes) -> None:
             look(data, max_pixels=CAP)
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "looks like HEIC"),
+        (saved(scene(), "GIF"), "looks like GIF"),
+        (saved(scene(), "TIFF"), "looks like TIFF"),
+        (b"<!doctype html><img src=x>", "looks like a web page"),
+        (b"nothing", "first bytes are 6e 6f 74 68 69 6e 67"),
+    ],
+)
+def test_01_the_refusal_says_what_was_sent(data: bytes, said: str) -> None:
+    with pytest.raises(UnsupportedMedia, match=said):
+        images.inspect(data, max_pixels=CAP)
+
+
 def test_01_what_follows_a_picture_is_not_looked_at() -> None:
     data = saved(scene())
     for polyglot in (data + b"<script>alert(1)</script>", data + b"PK\x03\x04"):
