@@ -37,7 +37,7 @@ MAX_HEAD_BYTES = 65_536
 MAX_CONNECTIONS = 2_048
 UNREAD_SECONDS = 10.0  # in which a client takes all that waits for it, or
 UNREAD_BYTES = 500_000  # so much of it
-# After a refusal for want of room a connection is not read for so long at least, and then in its turn, so many a second.
+# After a refusal for want of room a connection is not read for so long at least, then in its turn, so many a second.
 # Hundreds that come back at once, whatever Retry-After says, would keep the event loop busy all the time, and the
 # threads that answer wait for the GIL.
 REST_SECONDS, MAX_REST_SECONDS = 0.25, 4.0
