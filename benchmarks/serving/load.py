@@ -111,7 +111,8 @@ class Load:
                     due += 1 / self._rate if self._rate else 0
             elif len(self._idle) + len(self._waiting) == len(self._connections):
                 return
-            pause = 0.05 if not self._rate else min(0.05, max(0.0, due - now))
+            # With no connection free nothing can be sent, whatever is due: to look again at once would take a core.
+            pause = min(0.05, max(0.0, due - now)) if self._rate and self._idle else 0.05
             for key, mask in self._selector.select(pause):
                 self._serve(key.data, mask)
             if now - checked > 0.5:
