@@ -24,6 +24,7 @@ import psutil
 
 MARKER = "LAWNWATCH_DEMO"  # the home folder and the supervisor's process id
 GRACE_SECONDS = 20.0
+MAX_LOOKS = 10  # for what outlived it; a process that the kernel will not end must not keep the demo for ever
 PORT_SECONDS = 2.0  # between looks at a port that another process took
 
 
@@ -105,8 +106,13 @@ def sweep(home: Path, *, by: int | None = None, grace: float | None = None) -> i
     for process in processes:
         _signal(process.pid, signal.SIGTERM)
     psutil.wait_procs(processes, timeout=GRACE_SECONDS if grace is None else grace)
-    for process in left_behind(home, by=by):
-        _signal(process.pid, signal.SIGKILL)
+    for _ in range(MAX_LOOKS):  # a process may start another between the look that finds it and its end
+        stubborn = left_behind(home, by=by)
+        if not stubborn:
+            break
+        for process in stubborn:
+            _signal(process.pid, signal.SIGKILL)
+        psutil.wait_procs(stubborn, timeout=1.0)
     return len(processes)
 
 
