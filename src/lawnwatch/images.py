@@ -178,7 +178,7 @@ def _opened(data: bytes, *, max_pixels: int, max_bytes: int | None) -> Iterator[
 def _likely(data: bytes) -> str:
     """What a file that is no picture for us seems to be, for the person who sent it."""
     if data[4:8] == b"ftyp":
-        return f"it looks like {BRANDS.get(data[8:12], 'a film')}"
+        return f"it looks like {BRANDS.get(data[8:12], 'a film or a sound file')}"
     for signature, name in SIGNATURES:
         if data.startswith(signature):
             return f"it looks like {name}"
