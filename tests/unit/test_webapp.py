@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import gc
 import http.server
 import io
 import json
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -21,9 +23,10 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from PIL import Image, ImageChops, ImageOps
+from streamlit.components.v2 import manifest_scanner
 from streamlit.testing.v1 import AppTest
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.no_cover]  # nothing of the package runs here
 
 WEBAPP = Path(__file__).resolve().parents[2] / "webapp"
 OURS = ("api", "charts", "metrics", "parts", "serve", "settings")
@@ -208,6 +211,20 @@ class Stub:
 
     def paths(self, method: str) -> list[str]:
         return [path for sent, path, _ in self.asked if sent == method]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_runs() -> Iterator[None]:
+    """What `AppTest` does for each app and what a server does once, or with less in memory.
+
+    It reads the metadata of every installed package, and collects all garbage after each run of a page.
+    """
+    gc.collect()
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest_scanner, "scan_component_manifests", cache(manifest_scanner.scan_component_manifests))
+        yield
+    gc.unfreeze()
 
 
 @pytest.fixture
