@@ -75,13 +75,22 @@ def _move_artifacts(database: Path, old: str, new: str) -> None:
     connection.close()
 
 
+def floors(weights: str) -> dict[str, float]:
+    """The gate's settings: random features see nothing in darkened pictures; the rest of the gate is the real one."""
+    return {"min_robust_accuracy": 0.3} if weights == "none" else {}
+
+
+def floor_variables(weights: str) -> dict[str, str]:
+    """The same for the environment of another process."""
+    return {f"LAWNWATCH_GATE__{name.upper()}": str(floor) for name, floor in floors(weights).items()}
+
+
 def build(home: Path, photos: Path, photo_web: str, weights: str) -> Road:
     """Photographs to a trained run, by the steps themselves."""
     from lawnwatch import dataset, ingest, train
 
-    # Random features see nothing in darkened pictures; the rest of the gate is the real one.
-    gate = {"min_robust_accuracy": 0.3} if weights == "none" else {}
-    settings = Settings(home=home, weights=weights, fetch={"allow_cidrs": ["127.0.0.0/8"]}, gate=gate)  # type: ignore[arg-type]
+    fetch = {"allow_cidrs": ["127.0.0.0/8"]}
+    settings = Settings(home=home, weights=weights, fetch=fetch, gate=floors(weights))  # type: ignore[arg-type]
     catalog, store = Catalog(settings), open_store(settings)
     catalog.migrate()
     for path in sorted(photos.glob("*/*.jpg")):

@@ -25,6 +25,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 import reference_catalog
 import samples
 from processes import Server, answers, free_port, served
+from road import floor_variables
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -94,6 +95,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, photos: Path, weights: str) 
         "LAWNWATCH_GATE__MIN_TEST_IMAGES": "10",
         "LAWNWATCH_GATE__MIN_ACCURACY": "0.05",
         "TF_CPP_MIN_LOG_LEVEL": "2",
+        **floor_variables(weights),
     }
     api = Server(
         [sys.executable, "-m", "lawnwatch", "serve"], partial(answers, api_url + "/health"), folder / "api.log", env

@@ -13,6 +13,7 @@ import pytest
 
 import serving_bundle as sb
 from api_process import Api
+from road import floor_variables
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,4 +83,5 @@ def airflow_env(airflow_database: Path, weights: str, tmp_path: Path) -> dict[st
         "AIRFLOW__CORE__LOAD_EXAMPLES": "false",
         "LAWNWATCH_WEIGHTS": weights,
         "NO_COLOR": "1",
+        **floor_variables(weights),
     }

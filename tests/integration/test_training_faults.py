@@ -118,9 +118,8 @@ def test_29_without_the_store_no_step_gets_through_and_each_goes_on_when_it_is_b
     road: Road, start_minio: Callable[[], Any]
 ) -> None:
     minio = start_minio()
-    settings = Settings(
-        home=road.settings.home, weights=road.settings.weights, fetch=road.settings.fetch, **minio.settings("lawn")
-    )
+    given = road.settings.model_dump(include={"home", "weights", "fetch", "gate"})
+    settings = Settings(**given | minio.settings("lawn"))
     served = replace(road, settings=settings, store=open_store(settings))
     for info in road.store.list(""):
         served.store.put(info.key, road.store.get(info.key))
