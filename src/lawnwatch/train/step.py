@@ -460,6 +460,8 @@ def _workplace(settings: Settings, fingerprint: str, *, tensorflow: bool) -> Ite
         tensorflow: whether to begin it; importing it takes six seconds.
     """
     folder = settings.home / "cache" / "train" / fingerprint
+    import scipy.linalg  # type: ignore[import-untyped]  # noqa: F401 - what is not loaded yet is not limited below
+
     if tensorflow:
         model.start(settings.train.seed, settings.train.device)
     try:
