@@ -196,7 +196,9 @@ def run_candidate(
     begun = time.monotonic()
     checkpoint = Checkpoint(store, found.fingerprint)
     kept = checkpoint.load(name) is not None
-    with _workplace(settings, found.fingerprint, tensorflow=not kept and name != "color_baseline") as work:
+    if not kept and name != "color_baseline":  # which needs no network; importing TensorFlow takes six seconds
+        model.start(settings.train.seed, settings.train.device)
+    with _workplace(settings, found.fingerprint) as work:
         # With the cuts for all, where one will be fine-tuned: side by side on one machine they share what is computed.
         cuts = "fine_tuned" in found.candidates
         materials = Materials(settings, store, snapshot, work, cuts=cuts, progress=progress)
@@ -258,7 +260,8 @@ def run(
     checkpoint = Checkpoint(store, found.fingerprint)
     if not resume:
         checkpoint.clear()
-    with _workplace(settings, found.fingerprint, tensorflow=True) as work:
+    model.start(settings.train.seed, settings.train.device)
+    with _workplace(settings, found.fingerprint) as work:
         candidates, best = _compute(settings, store, snapshot, checkpoint, work, reason, begun, progress)
     progress("Logging the run to MLflow.")
     run_id = record(settings, experiment, snapshot, found.fingerprint, work, candidates, best, reason, force)
@@ -453,17 +456,11 @@ def _recorded(run: Any, snapshot: dataset.Snapshot, *, unchanged: bool, message:
 
 
 @contextmanager
-def _workplace(settings: Settings, fingerprint: str, *, tensorflow: bool) -> Iterator[Path]:
-    """A folder to work in; a full or read-only disk is said as such.
+def _workplace(settings: Settings, fingerprint: str) -> Iterator[Path]:
+    """A folder to work in, linear algebra in one thread; a full or read-only disk is said as such."""
+    import scipy.linalg  # type: ignore[import-untyped]  # noqa: F401 - what is loaded later would not be limited
 
-    Args:
-        tensorflow: whether to begin it; importing it takes six seconds.
-    """
     folder = settings.home / "cache" / "train" / fingerprint
-    import scipy.linalg  # type: ignore[import-untyped]  # noqa: F401 - what is not loaded yet is not limited below
-
-    if tensorflow:
-        model.start(settings.train.seed, settings.train.device)
     try:
         # Many small systems are solved: threads of linear algebra wait for one another longer than they work.
         with threadpool_limits(1, "blas"):
