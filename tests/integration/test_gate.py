@@ -450,7 +450,7 @@ def strange_pictures() -> dict[str, bytes]:
 
 
 def test_what_is_no_plant_is_unknown_over_http_and_its_probabilities_are_still_there(
-    champion: Road, weights: str, tmp_path: Path, record_property: Callable[[str, object], None]
+    champion: Road, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
@@ -479,8 +479,6 @@ def test_what_is_no_plant_is_unknown_over_http_and_its_probabilities_are_still_t
         assert set(answer["probabilities"]) == set(champion.snapshot.classes)
         assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-3)
     assert sum(answer["label"] == "unknown" for answer in known) <= 0.15 * len(known)
-    if weights == "none":
-        pytest.skip("what is strange needs trained features (LAWNWATCH_WEIGHTS); all before this line was asked")
     missed = [name for name, answer in strange.items() if answer["label"] != "unknown"]
     assert len(missed) <= 0.15 * len(strange), missed
     inside, outside = ([one["unknown_score"] for one in some] for some in (known, strange.values()))
