@@ -25,7 +25,7 @@ BIG = 30_000_000
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
-    """/big is more than the sockets' buffers hold; /wait never answers; /full has no room."""
+    """/big is more than the sockets' buffers hold; /wait never answers; /full has no room; /echo says what it got."""
     if scope["type"] == "lifespan":
         while True:
             kind = (await receive())["type"]
@@ -38,6 +38,11 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
         return
     scope["state"]["refused"] = scope["path"] == "/full"
     body = bytes(BIG) if scope["path"] == "/big" else b"hello"
+    if scope["path"] == "/echo":
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
     await send(
         {"type": "http.response.start", "status": 200, "headers": [(b"content-length", str(len(body)).encode())]}
     )
@@ -189,6 +194,47 @@ async def test_10_a_head_is_as_large_as_is_allowed_and_no_larger(monkeypatch: py
             assert status == 431 and json.loads(body)["code"] == "head_too_large" and headers["x-request-id"]
         status, headers, _ = await said(110_000, b"")  # it has no end
         assert status == 431 and headers["connection"] == "close"
+
+
+@pytest.mark.parametrize(
+    ("length", "body"),
+    [("Content-Length: 5", b"12345"), ("Transfer-Encoding: chunked", b"2\r\n12\r\n3\r\n345\r\n0\r\n\r\n")],
+    ids=["length", "chunked"],
+)
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+async def test_who_would_rather_speak_http2_is_answered_all_the_same(length: str, body: bytes, size: int) -> None:
+    """As Java's HttpClient and `curl --http2` do; the next request is none of the body's bytes."""
+    lines = ["POST /echo?a=b HTTP/1.1", "Host: x", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", length]
+    asked = "\r\n".join([*lines, "HTTP2-Settings: AAEAAEAAAAIAAAAB", "", ""]).encode() + body
+    sent = asked * 2 + get("/")
+    async with serving() as (_, port):
+        reader, writer = await connected(port)
+        for at in range(0, len(sent), size):
+            writer.write(sent[at : at + size])
+            await asyncio.sleep(0)
+        for expected in (b"12345", b"12345", b"hello"):
+            status, _, said = await answer(reader)
+            assert (status, said) == (200, expected)
+        writer.close()
+
+
+@pytest.mark.parametrize("trailers", [b"a: b\r\n" * 20_000, b"a" * 120_000], ids=["many", "one"])
+@pytest.mark.parametrize(("path", "status"), [("/echo", 431), ("/", 200)], ids=["waiting", "answered"])
+async def test_10_what_follows_a_body_is_bounded(trailers: bytes, path: str, status: int) -> None:
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n1\r\n0\r\nx: "
+    async with serving() as (running, port):
+        reader, writer = await connected(port, head.encode())
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 50_000_000:
+                writer.write(trailers)
+                await writer.drain()
+                sent += len(trailers)
+        assert sent < 10_000_000, "sockets' buffers hold a part of it"
+        with contextlib.suppress(ConnectionError):  # a reset may overtake the answer
+            assert (await answer(reader))[0] == status
+        await until(lambda: not running.server_state.connections)
+        writer.close()
 
 
 async def test_13_requests_in_a_row_end_with_their_client(caplog: pytest.LogCaptureFixture) -> None:

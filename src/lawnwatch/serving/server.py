@@ -17,6 +17,7 @@ from http import HTTPStatus
 from types import FrameType
 from typing import Any
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -51,8 +52,8 @@ LARGE_BYTES = 1 << 20
 TRIM_SECONDS = 1.0
 
 
-class HeadTooLarge(Exception):
-    """Ends the parsing of a request whose head was refused."""
+class Refused(Exception):
+    """Ends the parsing of a request that was refused."""
 
 
 class TimedProtocol(HttpToolsProtocol):
@@ -67,6 +68,8 @@ class TimedProtocol(HttpToolsProtocol):
     _in_head = True
     _received = 0  # bytes that came last
     _head_bytes = 0  # of a head that those have not ended
+    _trailing_bytes = 0  # since the body's last ones: trailers, for which the parser has no limit
+    _declined: bytes | None = None  # a head, without the upgrade that it asks for
     _running: RequestResponseCycle | None = None
     _unread: tuple[float, int] | None = None  # when that many bytes waited for the client
 
@@ -118,12 +121,41 @@ class TimedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._received = len(data)
-        super().data_received(data)
-        if self._in_head and not self.transport.is_closing():
-            # The bytes in which a head begins may hold a body's end too and do not count; those after them are head.
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            self.send_400_response("")
+        if self.transport.is_closing():
+            return
+        # The bytes in which a head begins may hold a body's end too and do not count; those after them are head.
+        if self._in_head:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._refuse_head()
+        elif self._in_message:
+            self._trailing_bytes += len(data)
+            if self._trailing_bytes > MAX_HEAD_BYTES:
+                self._refuse_trailers()
+
+    def _parse(self, data: bytes | memoryview) -> None:
+        """Feed the parser. What follows a head that asks for another protocol goes to a new one, as for any head.
+
+        A server may answer as if nobody had asked (RFC 9110, 7.8), but httptools takes no body then: the answer would
+        be to an empty one, and the body be the next request. Java's HttpClient asks with each first request.
+        """
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                if self._declined is None:  # CONNECT
+                    return
+                data = memoryview(data)[upgrade.args[0] :]
+                head, self._declined = self._declined, None
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            self.parser.feed_data(head)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -137,11 +169,23 @@ class TimedProtocol(HttpToolsProtocol):
             size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
             if size > MAX_HEAD_BYTES:
                 self._refuse_head()
-                raise HeadTooLarge
+                raise Refused
+        if self.parser.should_upgrade() and (method := self.parser.get_method()) != b"CONNECT":
+            kept = [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
+            version = self.parser.get_http_version().encode()
+            self._declined = b"%b %b HTTP/%b\r\n%b\r\n" % (method, self.url, version, b"".join(kept))
+            return
         self._in_head = False
+        self._trailing_bytes = -self._received
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        self._trailing_bytes = -self._received
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
+        if self._declined is not None:
+            return
         self._in_message = False
         self._disarm()
         super().on_message_complete()
@@ -174,6 +218,13 @@ class TimedProtocol(HttpToolsProtocol):
     def _refuse_head(self) -> None:
         what = f"The head of the request has more than {MAX_HEAD_BYTES} bytes."
         self._refuse(431, "head_too_large", what, "Send fewer or shorter headers.")
+
+    def _refuse_trailers(self) -> None:
+        if self._running is not self.cycle or self.cycle.response_started:
+            self.transport.abort()
+            return
+        what = f"More than {MAX_HEAD_BYTES} bytes follow the body's last."
+        self._refuse(431, "head_too_large", what, "Send fewer or shorter trailers.")
 
     def _refuse(self, status: int, code: str, detail: str, hint: str = "", headers: bytes = b"") -> None:
         """Answer before there is a request, and end the connection."""
