@@ -51,6 +51,7 @@ class Api:
     env: dict[str, str] = field(default_factory=dict)
     port: int = 0
     process: subprocess.Popen[bytes] | None = None
+    launch: list[str] = field(default_factory=list)  # a program that starts it
 
     @property
     def url(self) -> str:
@@ -76,7 +77,7 @@ class Api:
         }
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", LAUNCH], env=os.environ | env, stdout=log, stderr=log
+                [*self.launch, sys.executable, "-c", LAUNCH], env=os.environ | env, stdout=log, stderr=log
             )
         wait_for(lambda: self.get("/ready" if ready else "/health").status == 200, 90, self.log_text)
         return self

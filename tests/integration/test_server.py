@@ -260,7 +260,7 @@ async def test_what_is_not_http_is_told_so_with_an_id() -> None:
 
 
 async def test_10_one_connection_too_many_takes_the_place_of_an_idle_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "MAX_CONNECTIONS", 6)
+    monkeypatch.setattr(server.TimedProtocol, "max_connections", 6)
     async with serving() as (running, port):
         busy = [await connected(port, get("/wait")) for _ in range(3)]
         idle = [await connected(port) for _ in range(10)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 import threading
@@ -85,6 +86,26 @@ def test_10_half_open_and_idle_connections_take_nothing_from_others(start: Calla
         # They are cut 10 s after they were opened, with or without a first byte.
         with contextlib.suppress(ConnectionResetError):
             assert sock.recv(100) == b""
+
+
+@pytest.mark.parametrize("most", [4096, 600], ids=["may be raised", "fixed"])
+def test_10_idle_connections_take_no_file_from_others(start: Callable[..., Api], most: int) -> None:
+    """The soft limit of open files is 1,024 nearly everywhere; the hard one need not be higher."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    api = start()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
+    try:
+        api.stop()
+        api.launch = ["prlimit", f"--nofile={min(most, 1024)}:{most}"]
+        api.start()
+        with contextlib.ExitStack() as held:
+            for _ in range(1_300):
+                held.enter_context(socket.create_connection(("127.0.0.1", api.port), timeout=20))
+            answers = [api.predict(sb.picture(sb.YELLOW)) for _ in range(3)]
+            assert [answer.status for answer in answers] == [200] * 3
+            wait_for(lambda: api.get(f"/predictions/{answers[-1].json['prediction_id']}/image").status == 200)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_10_slow_senders_of_large_bodies_take_no_memory_from_others(start: Callable[..., Api]) -> None:

@@ -9,6 +9,7 @@ import errno
 import gc
 import math
 import os
+import resource
 import socket
 import threading
 import time
@@ -36,6 +37,7 @@ LINGER_SECONDS = 3.0  # an answered request may go on sending for so long before
 KEEP_ALIVE_SECONDS = 30
 MAX_HEAD_BYTES = 65_536
 MAX_CONNECTIONS = 2_048
+OTHER_FILES = 256  # open beside the connections: the store, the database, what is imported late
 UNREAD_SECONDS = 10.0  # in which a client takes all that waits for it, or
 UNREAD_BYTES = 500_000  # so much of it
 # After a refusal for want of room a connection is not read for so long at least, then in its turn, so many a second.
@@ -62,6 +64,7 @@ class TimedProtocol(HttpToolsProtocol):
     What runs for every request is a comparison or two: who does not read is looked for from outside, once a second.
     """
 
+    max_connections = MAX_CONNECTIONS
     _last_turn = 0.0  # of all connections: when the last of those that rest is read again, in the loop's time
     _clock: asyncio.TimerHandle | None = None
     _in_message = False
@@ -76,7 +79,7 @@ class TimedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._arm(HEAD_SECONDS)
-        if len(self.connections) > MAX_CONNECTIONS:
+        if len(self.connections) > self.max_connections:
             self._make_way()
 
     def _make_way(self) -> None:
@@ -383,6 +386,7 @@ def run(settings: Settings) -> None:
         SettingsError: the address cannot be listened on.
     """
     _spare_memory()
+    TimedProtocol.max_connections = min(MAX_CONNECTIONS, _open_files() - OTHER_FILES)
     serving = settings.serving
     sock = listen(serving.host, serving.port)
     watcher = ModelWatcher(settings, lambda: open_store(settings))
@@ -399,6 +403,19 @@ def run(settings: Settings) -> None:
         on_drain=app.state.api.drain,
         crowded=app.state.api.crowded,
     ).run([sock])
+
+
+def _open_files() -> int:
+    """How many files this process may open, once it allows itself what its connections need, if it may.
+
+    The usual limit is 1,024: as many idle connections would leave none for the store and the next client.
+    """
+    wanted = MAX_CONNECTIONS + OTHER_FILES
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if now != resource.RLIM_INFINITY and now < wanted:
+        now = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (now, most))
+    return wanted if now == resource.RLIM_INFINITY else now
 
 
 def _spare_memory() -> None:
