@@ -269,6 +269,9 @@ def test_an_explanation_marks_what_speaks_for_the_class(api: Api, start: Callabl
     assert shown.format == "PNG" and shown.size == (320, 160)
     changed = np.abs(np.asarray(shown).astype(int) - np.asarray(Image.fromarray(half).resize((320, 160)))).sum(axis=2)
     assert changed[:, :120].mean() > 3 * changed[:, 200:].mean() + 10
+    both = form([("file", "x.png", buffer.getvalue()), ("file", "y.png", b"no picture")])
+    items = api.ask("POST", "/predict/batch?explain=true", both[1], {"Content-Type": both[0]}).json["items"]
+    assert items[0]["prediction"]["explanation"] == why and items[1]["problem"]["code"] == "unsupported_media"
     problem(api.ask("POST", "/predict?explain=perhaps", body, {"Content-Type": content_type}), 422, "bad_request")
     silent = start()  # a graph without a map
     said = silent.ask("POST", "/predict?explain=true", body, {"Content-Type": content_type})

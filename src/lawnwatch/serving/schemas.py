@@ -88,6 +88,7 @@ class BatchPrediction(_Answer):
     unknown_score: float | None
     image: ImageFacts
     timings_ms: Timings
+    explanation: Explanation | None = Field(None, description="As POST /predict has it.")
 
 
 class BatchItem(_Answer):

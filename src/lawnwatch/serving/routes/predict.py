@@ -73,7 +73,7 @@ def add(app: FastAPI, api: Api) -> None:
         ),
         tags=["predict"],
     )
-    async def predict_batch(request: Request) -> Response:
+    async def predict_batch(request: Request, explain: Explain = False) -> Response:
         state = request.scope["state"]
         content_type = request.headers.get("content-type", "")
         pictures = uploads.pictures(content_type, state["body"], most=serving.max_batch_pictures)
@@ -83,7 +83,7 @@ def add(app: FastAPI, api: Api) -> None:
 
         async def one(picture: bytes) -> Answered:
             _check_size(picture, serving.max_upload_bytes)
-            return await answers.of_picture(api, request, model, picture)
+            return await answers.of_picture(api, request, model, picture, explain=explain)
 
         found = await answers.of_each(api, pictures, one)
         items = [_item(place, each) for place, each in enumerate(found)]
