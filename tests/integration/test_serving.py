@@ -277,6 +277,31 @@ def test_09_a_body_that_says_it_is_huge_is_refused_unread(api: Api) -> None:
         assert sock.recv(4096).startswith(b"HTTP/1.1 413")
 
 
+def test_09_a_body_that_was_announced_and_never_asked_for_leaves_no_connection(api: Api) -> None:
+    """Whoever sends it nevertheless would have it taken for the next request, or the next request for it."""
+    for line, length, status, closes in (
+        ("POST /nowhere", 5, b"404", True),
+        ("POST /predict", 300_000_000, b"413", True),
+        ("POST /predict", 5, b"100", False),
+    ):
+        head = f"{line} HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: {length}\r\n"
+        with socket.create_connection(("127.0.0.1", api.port), timeout=5) as sock:
+            sock.sendall(head.encode() + b"Expect: 100-continue\r\n\r\n")
+            answer = sock.recv(4096)
+            assert answer.startswith(b"HTTP/1.1 " + status)
+            if not closes:
+                sock.sendall(b"12345")
+                answer = sock.recv(4096)
+                assert answer.startswith(b"HTTP/1.1 415")
+            assert (b"connection: close" in answer) is closes
+
+
+def test_09_an_address_that_ends_in_a_newline_has_the_same_limits(api: Api) -> None:
+    kind, body = form([("file", "x.jpg", sb.picture(sb.YELLOW))])
+    for path in ("/predict%0A", "/predict/batch%0A", "/v2/models/lawnwatch/infer%0A"):
+        assert api.ask("POST", path, body, {"Content-Type": kind}).status in (200, 415)
+
+
 def test_09_an_endless_body_is_refused_at_the_limit(api: Api) -> None:
     sent = 0
     piece = b"10000\r\n" + b"\xff" * 65536 + b"\r\n"
@@ -599,8 +624,9 @@ def test_38_a_picture_that_the_model_has_no_number_for_is_the_servers_fault(star
     image = io.BytesIO()
     Image.new("RGB", (300, 200), (255, 255, 255)).save(image, "PNG")
     kind, body = form([("file", "a.png", image.getvalue()), ("file", "b.jpg", sb.picture(sb.YELLOW))])
-    problem(api.predict(image.getvalue()), 500, "internal")
-    problem(api.ask("POST", "/predict?explain=true", image.getvalue(), {"Content-Type": "image/png"}), 500, "internal")
+    for path in ("/predict", "/predict?explain=true"):
+        said = problem(api.ask("POST", path, image.getvalue(), {"Content-Type": "image/png"}), 500, "internal")
+        assert said["detail"] == "The model has no answer for this picture."
     items = api.ask("POST", "/predict/batch", body, {"Content-Type": kind}).json["items"]
     assert (items[0]["problem"]["status"], items[0]["problem"]["code"]) == (500, "internal")
     assert items[1]["prediction"]["label"] == "dandelion"

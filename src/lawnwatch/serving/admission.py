@@ -42,7 +42,7 @@ from lawnwatch.errors import LawnwatchError, NoModel, Overloaded, Unavailable
 from lawnwatch.serving import problems
 from lawnwatch.serving.intake import Intake
 from lawnwatch.serving.metrics import Metrics
-from lawnwatch.serving.problems import BodyTooLarge, BodyTooSlow, ClientGone
+from lawnwatch.serving.problems import BodyTooLarge, BodyTooSlow, ClientGone, ModelFailed
 from lawnwatch.serving.turns import current_client
 
 UNWATCHED = 0.25  # seconds of work or waiting for it until somebody looks whether the client is still there
@@ -249,14 +249,11 @@ class AdmissionMiddleware:
                 return
             response = await endpoint(Request(scope, receive))
         except LawnwatchError as error:
-            if error.status == HTTPStatus.INTERNAL_SERVER_ERROR:
+            if error.status == HTTPStatus.INTERNAL_SERVER_ERROR and not isinstance(error, ModelFailed):
                 raise  # told in a sentence and logged in full further out
             response = problems.of(error, scope["path"])
             state["refused"] = isinstance(error, Overloaded)
-            if header(scope, b"expect"):
-                # The body was announced and never asked for: the connection has no clear next request.
-                response.headers["Connection"] = "close"
-            elif not ended and header(scope, b"connection").lower() == "close":
+            if not ended and header(scope, b"connection").lower() == "close" and not header(scope, b"expect"):
                 await swallow(receive)
         finally:
             sender.leave()

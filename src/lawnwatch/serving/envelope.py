@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lawnwatch import log
 from lawnwatch.ids import random_bytes
 from lawnwatch.serving import problems
+from lawnwatch.serving.admission import header
 from lawnwatch.serving.metrics import METHODS, Metrics
 from lawnwatch.serving.problems import ClientGone
 
@@ -61,6 +62,7 @@ class Envelope:
         policy = _policy(scope["path"])
         # HEAD is GET whose body the server leaves out; a copy, for the server and the count go by the method sent.
         asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+        body_waits, receive = _announced(scope, receive)
 
         async def sealed(message: Message) -> None:
             nonlocal status
@@ -72,6 +74,8 @@ class Envelope:
                     (b"content-security-policy", policy),
                     (b"x-request-id", request_id.encode()),
                 ]
+                if body_waits():  # nobody knows whether it comes: there is no clear next request
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         self._metrics.in_flight.inc()
@@ -98,6 +102,20 @@ class Envelope:
         method = method if method in METHODS else "other"
         self._metrics.requests.labels(route, method, str(status)).inc()
         self._metrics.request_seconds.labels(route).observe(seconds)
+
+
+def _announced(scope: Scope, receive: Receive) -> tuple[Callable[[], bool], Receive]:
+    """Whether a body was announced (Expect: 100-continue) that nobody has asked for yet, and the receive that asks."""
+    if not header(scope, b"expect"):
+        return bool, receive
+    waits = True
+
+    async def asking() -> Message:
+        nonlocal waits
+        waits = False
+        return await receive()
+
+    return lambda: waits, asking
 
 
 def _policy(path: str) -> bytes:

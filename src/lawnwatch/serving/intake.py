@@ -48,6 +48,7 @@ def intakes(serving: ServingSettings) -> Callable[[str], Intake | None]:
     fixed = {each.route: each for each in (picture, batch)}
 
     def of(path: str) -> Intake | None:
+        path = path.removesuffix("\n")  # the router's patterns end in `$`, which lets one follow
         if found := fixed.get(path):
             return found
         matched = V2_INFER.fullmatch(path)
