@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ def test_the_smoke_test_sees_the_cluster_before_any_image_does() -> None:
     (whole,) = [at for at, run in enumerate(steps) if re.search(r"make test-cluster\b(?!-)", run)]
     assert made < smoke < loaded < whole
     assert "make test-cluster-smoke && kubectl wait --for=delete namespace/lawnwatch" in steps[smoke]
+
+
+def test_51_all_pins_but_opencvs_own_build_are_audited_and_one_of_which_nothing_is_known_is_an_error() -> None:
+    assert "make audit" in commands("audit")
+    would_run = subprocess.run(["make", "-n", "audit"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    audited = set(re.findall(r"requirements/\w+\.txt", would_run.partition("for pins in")[2]))
+    pins = {f"requirements/{file.name}" for file in (ROOT / "requirements").glob("*.txt")}
+    assert audited == pins - {"requirements/opencv.txt"}
+    assert "pip-audit --strict --require-hashes --disable-pip " in would_run
 
 
 def test_nothing_of_somebody_elses_runs_in_it() -> None:
