@@ -114,8 +114,23 @@ requirements: ## pin all packages anew (needs uv)
 	  $(COMPILE) -c "$$whole" --extra $$set pyproject.toml -o requirements/$$set.txt
 	done
 	printf 'hatchling>=1.27\nuv>=0.8\n' | $(COMPILE) --upgrade - -o requirements/build.txt
+	printf 'pip-audit>=2.10\n' | $(COMPILE) --upgrade - -o requirements/audit.txt
 	# What OpenCV's own pyproject.toml asks for to be built with Python 3.11.
 	printf 'numpy==2.0.2\npackaging\npip\nscikit-build>=0.14\nsetuptools==59.2.0\nwheel\n' | $(COMPILE) --upgrade - -o requirements/opencv.txt
+
+# Not what OpenCV's release names for its own build, of which nothing is in an image. `--strict`, for a package of which
+# nobody can tell anything would pass.
+AUDITED = $(sort $(filter-out requirements/opencv.txt,$(wildcard requirements/*.txt)))
+.PHONY: audit
+audit: ## ask PyPI for known vulnerabilities of the pinned packages; fails where it cannot be asked
+	@python3 -m venv var/audit
+	var/audit/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/audit.txt
+	failed=
+	for pins in $(AUDITED); do
+	  echo "== $$pins"
+	  var/audit/bin/pip-audit --strict --require-hashes --disable-pip --progress-spinner=off -r "$$pins" || failed="$$failed $$pins"
+	done
+	[ -z "$$failed" ] || { echo "not clean, or not to be asked:$$failed" >&2; exit 1; }
 
 # -- ship it -------------------------------------------------------------------------------------------------
 

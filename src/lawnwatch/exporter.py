@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any, TypeVar
+from urllib.parse import urlencode
 
 import sqlalchemy as sa
 from prometheus_client import CollectorRegistry, start_http_server
@@ -110,18 +111,23 @@ class Exporter(Collector):
         starts: dict[tuple[str, ...], float] = {}
         ends: dict[tuple[str, ...], float] = {}
         for dag in DAGS:
-            newest = self._newest_run(url, dag, "")
+            newest = self._first_run(url, dag, "-run_after")
             states |= {(dag, state): float(newest.get("state") == state) for state in DAG_STATES}
-            if newest.get("start_date"):
-                starts[(dag,)] = _timestamp(newest["start_date"])
-            if end := self._newest_run(url, dag, "&state=success&state=failed").get("end_date"):
+            # Not the newest, which waits while an older one is stuck.
+            if start := self._first_run(url, dag, "start_date", "running").get("start_date"):
+                starts[(dag,)] = _timestamp(start)
+            if end := self._first_run(url, dag, "-run_after", "success", "failed").get("end_date"):
                 ends[(dag,)] = _timestamp(end)
         yield _gauge("lawnwatch_dag_run_state", "State of a DAG's newest run.", states, ["dag", "state"])
-        yield _gauge("lawnwatch_dag_run_start_timestamp_seconds", "When it began.", starts, ["dag"])
+        yield _gauge(
+            "lawnwatch_dag_run_start_timestamp_seconds", "When the oldest that goes on began.", starts, ["dag"]
+        )
         yield _gauge("lawnwatch_dag_run_end_timestamp_seconds", "When the newest that is over ended.", ends, ["dag"])
 
-    def _newest_run(self, url: str, dag: str, states: str) -> dict[str, Any]:
-        found = self._ask_airflow(url, f"/api/v2/dags/{dag}/dagRuns?order_by=-run_after&limit=1{states}")
+    def _first_run(self, url: str, dag: str, order: str, *states: str) -> dict[str, Any]:
+        """The first in this order, of those in these states; none: of all."""
+        asked = [("order_by", order), ("limit", "1"), *(("state", state) for state in states)]
+        found = self._ask_airflow(url, f"/api/v2/dags/{dag}/dagRuns?{urlencode(asked)}")
         runs: list[dict[str, Any]] = found["dag_runs"]
         return runs[0] if runs else {}
 

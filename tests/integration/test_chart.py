@@ -751,6 +751,8 @@ def test_an_operators_prometheus_alerts_for_this_namespace_and_no_other(tmp_path
     """It watches the whole cluster: others' targets, jobs of the same name, a second installation."""
     rules = find(rendered("operator"), "PrometheusRule", "lawnwatch")["spec"]
     assert 'absent(up{namespace="lawnwatch",job="api"})' in json.dumps(rules).replace("\\", "")
+    alerts = [rule for group in rules["groups"] for rule in group["rules"]]
+    assert {rule["alert"] for rule in alerts if rule["labels"].get("namespace") != "lawnwatch"} == {"DiskLow"}
     (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules))
 
     def series(namespace: str) -> list[Object]:
@@ -767,9 +769,10 @@ def test_an_operators_prometheus_alerts_for_this_namespace_and_no_other(tmp_path
                 ],
                 "promql_expr_test": [
                     {
-                        "expr": f'count(ALERTS{{alertname="{name}",alertstate="firing"}})',
+                        "expr": f'count by (namespace) (ALERTS{{alertname="{name}",alertstate="firing"}})',
                         "eval_time": test["alert_rule_test"][0]["eval_time"],
-                        "exp_samples": [{"value": len(test["alert_rule_test"][0]["exp_alerts"])}]
+                        "exp_samples": [{"labels": '{namespace="lawnwatch"}',
+                                         "value": len(test["alert_rule_test"][0]["exp_alerts"])}]
                         if namespace == "lawnwatch"
                         else [],
                     }

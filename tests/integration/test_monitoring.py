@@ -72,6 +72,23 @@ def test_every_panel_has_a_title_a_description_a_unit_and_a_place_of_its_own(fil
         taken |= cells
 
 
+@pytest.mark.parametrize("file", DASHBOARDS, ids=lambda file: file.stem)
+def test_every_query_but_those_of_the_nodes_is_for_the_chosen_namespace(file: Path) -> None:
+    """All is `.*` and not `.+`: where Prometheus is not an operator's, the series have no such label."""
+    dashboard = json.loads(file.read_text())
+    (variable,) = dashboard["templating"]["list"]
+    assert (variable["name"], variable["includeAll"], variable["allValue"]) == ("namespace", True, ".*")
+    assert variable["current"]["value"] == "$__all"
+    assert variable["query"]["query"] == "label_values(lawnwatch_source_up, namespace)"
+    ours = r"\b(?:(?:lawnwatch|mysql|minio|process)_\w+|active_sessions|up|ALERTS)\b"
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            asked = len(re.findall(ours, target["expr"]))
+            scoped = len(re.findall(ours + re.escape('{namespace=~"$namespace"'), target["expr"]))
+            assert scoped == asked, (panel["title"], target["expr"])
+            assert asked or "node_" in target["expr"], (panel["title"], target["expr"])
+
+
 def test_there_are_three_dashboards() -> None:
     assert [file.stem for file in DASHBOARDS] == ["infrastructure", "ml", "principal"]
 

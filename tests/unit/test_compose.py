@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,37 @@ def test_whatever_asks_the_api_has_its_key() -> None:
     asking = {name for name, each in SERVICES.items() if "LAWNWATCH_API_URL" in each.get("environment", {})}
     assert {"webapp", "webapp-dev"} <= asking
     assert not [name for name in asking if "LAWNWATCH_API_KEY" not in SERVICES[name]["environment"]]
+
+
+def test_every_python_module_that_a_service_runs_is_in_its_image() -> None:
+    """An image holds what its requirements pin, the standard library and lawnwatch; a package may leave the pins."""
+    ran = []
+    for name, service in SERVICES.items():
+        parts = [service.get("entrypoint"), service.get("command"), service.get("healthcheck", {}).get("test")]
+        words = " ".join(word for part in parts for word in part or ()).split()
+        modules = [words[at + 2] for at in range(len(words) - 2) if words[at : at + 2] == ["python", "-m"]]
+        for module in modules:
+            image = re.fullmatch(r"\$\{REGISTRY:-lawnwatch\}/(\w+):.+", service["image"])
+            assert image, f"{name}: which Python would an image of others have?"
+            assert module in _modules(image[1]), (name, module)
+            ran.append((name, module))
+    assert ("bootstrap", "mlflow") in ran
+    assert ("api-dev", "lawnwatch") in ran
+
+
+def _modules(image: str) -> set[str]:
+    recipe = (ROOT / f"docker/{image}.Dockerfile").read_text()
+    (pins,) = re.findall(r"--python /opt/venv/bin/python --require-hashes -r (requirements/\w+\.txt)", recipe)
+    packages = re.findall(r"^([\w.-]+)==", (ROOT / pins).read_text(), re.MULTILINE)
+    return {package.replace("-", "_") for package in packages} | sys.stdlib_module_names | {"lawnwatch"}
+
+
+def test_every_file_of_this_checkout_that_a_service_mounts_is_there() -> None:
+    """Docker makes a folder in the place of a file that is missing."""
+    mounted = [volume.split(":")[0] for service in SERVICES.values() for volume in service.get("volumes", [])]
+    here = [path for path in mounted if path.startswith("./")]
+    assert "./infra/reload.py" in here
+    assert not [path for path in here if not (ROOT / path).exists()]
 
 
 @pytest.mark.parametrize("password", ["Zx9!kQ", 'a"b\\c', "ünder%s $HOME"])

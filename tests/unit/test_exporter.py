@@ -20,22 +20,24 @@ from lawnwatch.registry import ChampionRow
 pytestmark = pytest.mark.unit
 
 
+def run(state: str, begun: str | None, ended: str | None = None, *, due: str | None = None) -> dict[str, str | None]:
+    return {"state": state, "run_after": due or begun, "start_date": begun, "end_date": ended}
+
+
 class Airflow:
-    """Airflow's API as far as the exporter asks it: a token, its health, and the newest run of each DAG."""
+    """Airflow's API as far as the exporter asks it: a token, its health, and the runs of each DAG."""
 
     def __init__(self) -> None:
         self.tokens = 0
         self.valid = ""
         self.health = {part: {"status": "healthy"} for part in ("metadatabase", "scheduler", "triggerer")}
         self.health["dag_processor"] = {"status": "unhealthy"}
-        self.runs: dict[str, list[dict[str, str | None]]] = {
+        self.runs = {
             "training_pipeline": [
-                {"state": "running", "start_date": "2026-11-21T12:00:00Z", "end_date": None},
-                {"state": "success", "start_date": "2026-11-21T09:00:00Z", "end_date": "2026-11-21T10:00:00Z"},
+                run("success", "2026-11-21T09:00:00Z", "2026-11-21T10:00:00Z"),
+                run("running", "2026-11-21T12:00:00Z"),
             ],
-            "data_pipeline": [
-                {"state": "failed", "start_date": "2026-11-21T08:00:00Z", "end_date": "2026-11-21T08:30:00Z"}
-            ],
+            "data_pipeline": [run("failed", "2026-11-21T08:00:00Z", "2026-11-21T08:30:00Z")],
         }
         airflow = self
 
@@ -57,9 +59,12 @@ class Airflow:
                     self.reply(401, {})
                 else:
                     asked = urlsplit(self.path)
+                    given = parse_qs(asked.query)
+                    (order,), (limit,) = given["order_by"], given["limit"]
                     runs = airflow.runs.get(asked.path.split("/")[4], [])
-                    states = parse_qs(asked.query).get("state", [run["state"] for run in runs])
-                    self.reply(200, {"dag_runs": [run for run in runs if run["state"] in states]})
+                    runs = [run for run in runs if run["state"] in given.get("state", [run["state"]])]
+                    runs.sort(key=lambda run: run[order.lstrip("-")] or "", reverse=order.startswith("-"))
+                    self.reply(200, {"dag_runs": runs[: int(limit)]})
 
             def reply(self, status: int, body: object) -> None:
                 self.send_response(status)
@@ -123,6 +128,20 @@ def test_airflows_parts_and_newest_runs(settings: Settings, catalog: Catalog, ai
     assert found.get_sample_value("lawnwatch_dag_run_start_timestamp_seconds", training) == 1795262400.0
     assert found.get_sample_value("lawnwatch_dag_run_end_timestamp_seconds", training) == 1795255200.0
     assert airflow.tokens == 1, "one login for all scrapes"
+
+
+def test_a_run_that_is_stuck_is_told_though_the_next_one_waits(
+    settings: Settings, catalog: Catalog, airflow: Airflow
+) -> None:
+    """One run of a DAG at a time: what is due meanwhile is queued, and the newest."""
+    airflow.runs["training_pipeline"].append(run("queued", None, due="2026-11-21T20:00:00Z"))
+    found = registry(settings, catalog, airflow.url)
+    training = {"dag": "training_pipeline"}
+    assert found.get_sample_value("lawnwatch_dag_run_state", training | {"state": "queued"}) == 1
+    assert found.get_sample_value("lawnwatch_dag_run_start_timestamp_seconds", training) == 1795262400.0
+
+    airflow.runs["training_pipeline"][1] |= {"state": "success", "end_date": "2026-11-21T21:00:00Z"}
+    assert found.get_sample_value("lawnwatch_dag_run_start_timestamp_seconds", training) is None, "none goes on"
 
 
 def test_a_token_that_ran_out_is_asked_for_anew(settings: Settings, catalog: Catalog, airflow: Airflow) -> None:
