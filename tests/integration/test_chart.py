@@ -425,6 +425,37 @@ def test_fault_49_secrets_of_your_own_must_be_named(part: str) -> None:
     assert f"secrets.{part} is empty" in result.stderr
 
 
+@pytest.mark.parametrize("create", ["chart", "job", "none"])
+@pytest.mark.parametrize(
+    ("part", "settings", "keys"),
+    [
+        (
+            "mysql",
+            "mysql.enabled=false,mysql.host=db.example.org",
+            "lawnwatch-password, airflow-password, mlflow-password",
+        ),
+        (
+            "store",
+            "minio.enabled=false,minio.endpoint=https://s3.example.org,minio.accessKeys.lawnwatch=AKIA",
+            "lawnwatch-secret-key, airflow-secret-key, mlflow-secret-key",
+        ),
+    ],
+)
+def test_the_passwords_of_a_server_of_ones_own_are_never_made_up(
+    part: str, settings: str, keys: str, create: str
+) -> None:
+    others = [f"secrets.{other}=mine" for other in ("mysql", "store", "airflow") if other != part]
+    argv = ("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set",
+            ",".join([settings, f"secrets.create={create}", *others]))  # fmt: skip
+    result = helm(*argv)
+    assert result.returncode != 0
+    assert f"secrets.{part} is empty" in result.stderr
+    assert f"under the keys {keys};" in result.stderr
+    named = helm(*argv, "--set", f"secrets.{part}=mine")
+    assert named.returncode == 0, named.stderr
+    assert "kind: Secret\n" not in named.stdout
+
+
 def test_fault_49_the_chart_and_the_settings_know_the_same_passwords() -> None:
     """What the chart refuses in a Secret that is there needs a cluster: tests/e2e/test_cluster.py."""
     (known,) = re.findall(r"\$known := list (.+) }}", (CHART / "templates/_helpers.tpl").read_text())

@@ -211,11 +211,11 @@ securityContext:
 {{- include "lawnwatch.mysqlCaVolume" . }}
 {{- end }}
 
-{{- /* The passwords of each part, as JSON. */}}
+{{- /* The passwords of each part, as JSON. Those of root are for the servers that the chart brings. */}}
 {{- define "lawnwatch.passwords" -}}
 {{- dict
-  "mysql" (list "root-password" "lawnwatch-password" "airflow-password" "mlflow-password")
-  "store" (list "root-user" "root-password" "lawnwatch-secret-key" "airflow-secret-key" "mlflow-secret-key")
+  "mysql" (concat (.Values.mysql.enabled | ternary (list "root-password") list) (list "lawnwatch-password" "airflow-password" "mlflow-password"))
+  "store" (concat (.Values.minio.enabled | ternary (list "root-user" "root-password") list) (list "lawnwatch-secret-key" "airflow-secret-key" "mlflow-secret-key"))
   "airflow" (list "fernet-key" "api-secret-key" "jwt-secret" "admin-password") | toJson }}
 {{- end }}
 
@@ -228,12 +228,18 @@ securityContext:
 {{- toJson $made }}
 {{- end }}
 
-{{- /* Ends Helm before a pod starts with a password that is as good as none. What renders without a cluster sees no Secret. */}}
-{{- define "lawnwatch.refuseKnownPasswords" -}}
+{{- /* Ends Helm before a pod starts with a password that is as good as none, or that a server of somebody else's never heard of.
+What renders without a cluster sees no Secret. */}}
+{{- define "lawnwatch.refusePasswords" -}}
+{{- $outside := dict "mysql" (.Values.mysql.enabled | ternary "" "mysql") "store" (.Values.minio.enabled | ternary "" "minio") }}
 {{- $known := list "" "admin" "changeme" "changethis" "change-me" "default" "minioadmin" "password" "root" "secret" "test" }}
 {{- range $part, $keys := include "lawnwatch.passwords" . | fromJson }}
-{{- if and (eq $.Values.secrets.create "none") (not (index $.Values.secrets $part)) }}
+{{- if not (index $.Values.secrets $part) }}
+{{- if get $outside $part }}
+{{- fail (printf "secrets.%s is empty: with %s.enabled=false it names the Secret with the passwords that its users have, under the keys %s; none can be made up here" $part (get $outside $part) (join ", " $keys)) }}
+{{- else if eq $.Values.secrets.create "none" }}
 {{- fail (printf "secrets.%s is empty: with secrets.create=none it names the Secret with the keys %s; or let the chart make one with secrets.create=chart" $part (join ", " $keys)) }}
+{{- end }}
 {{- end }}
 {{- $name := include (printf "lawnwatch.%sSecret" $part) $ }}
 {{- range $key, $value := (lookup "v1" "Secret" $.Release.Namespace $name).data | default dict }}
