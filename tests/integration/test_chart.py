@@ -951,6 +951,19 @@ def test_a_setting_that_belongs_to_a_rollout_or_to_a_value_is_an_error_that_name
     assert name in result.stderr
 
 
+def test_everyone_who_asks_the_store_knows_its_region() -> None:
+    """MinIO refuses a request that is signed for another."""
+    text = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set", "minio.region=eu-south-2").stdout
+    asking = {
+        (pod, each["name"]): json.dumps(each["env"])
+        for pod, spec in pods([each for each in yaml.safe_load_all(text) if each])
+        for each in containers(spec)
+        if "lawnwatch-minio:9000" in json.dumps(each.get("env"))
+    }
+    assert len(asking) > 10
+    assert [each for each, env in asking.items() if env.count("eu-south-2") < env.count("lawnwatch-minio:9000")] == []
+
+
 def test_everyone_who_asks_a_mysql_with_a_ca_has_the_ca() -> None:
     """tests/integration/test_database_tls.py connects with these URLs."""
     asking = 0
