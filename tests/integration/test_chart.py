@@ -6,11 +6,14 @@ No cluster runs here; tests/e2e/test_cluster.py installs the chart on one.
 from __future__ import annotations
 
 import ast
+import base64
+import http.server
 import json
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from functools import cache
 from ipaddress import ip_address, ip_network
@@ -143,14 +146,15 @@ def test_the_overlay_small_is_what_helm_installs_with_the_small_values() -> None
 
 
 def plain(value: Any) -> Any:
-    """An object without its namespace and what only Helm reads; the steps' pod in it as an object."""
+    """An object without its namespace and what only Helm reads or knows; the steps' pod in it as an object."""
     if isinstance(value, list):
         return [plain(each) for each in value]
     if not isinstance(value, dict):
         return value
-    helms = {"helm.sh/chart", "app.kubernetes.io/managed-by", "namespace"}
-    return {key: plain(yaml.safe_load(each) if key == "pod.yaml" else each)
+    helms = {"helm.sh/chart", "app.kubernetes.io/managed-by", "namespace", "checksum/secrets"}
+    made = {key: plain(yaml.safe_load(each) if key == "pod.yaml" else each)
             for key, each in value.items() if key not in helms}  # fmt: skip
+    return {key: each for key, each in made.items() if (key, each) != ("annotations", {})}
 
 
 # ── values ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -462,11 +466,114 @@ def test_fault_49_the_chart_and_the_settings_know_the_same_passwords() -> None:
     assert set(re.findall(r'"([^"]*)"', known)) == PLACEHOLDERS
 
 
+class Secrets(http.server.ThreadingHTTPServer):
+    """As much of Kubernetes' API as Helm's `lookup` of a Secret asks."""
+
+    def __init__(self) -> None:
+        self.there: dict[str, dict[str, str]] = {}
+        there = self.there
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                secret = {"name": "secrets", "namespaced": True, "kind": "Secret", "verbs": ["get"]}
+                status, body = 200, {"kind": "APIResourceList", "groupVersion": "v1", "resources": [secret]}
+                if self.path.partition("?")[0] != "/api/v1":
+                    name = self.path.removeprefix("/api/v1/namespaces/farm/secrets/")
+                    found = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "data": there.get(name)}
+                    missing = {"kind": "Status", "code": 404, "reason": "NotFound", "message": f"no {name}"}
+                    status, body = (200, found) if name in there else (404, missing)
+                data = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def render(self, *argv: str) -> list[Object]:
+        address = f"http://127.0.0.1:{self.server_address[1]}"
+        result = helm("template", "lawnwatch", str(CHART), "-n", "farm", "--dry-run=server", "--kube-version=1.34.0",
+                      f"--kube-apiserver={address}", *argv)  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        return [each for each in yaml.safe_load_all(result.stdout) if each]
+
+
+@pytest.fixture
+def secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Secrets]:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    secrets = Secrets()
+    yield secrets
+    secrets.shutdown()
+
+
+def checksums(objects: list[Object]) -> dict[str, str]:
+    """Of the Secrets' values, by the name of the pods' object."""
+    found = {}
+    for each in objects:
+        annotations = each.get("spec", {}).get("template", {}).get("metadata", {}).get("annotations", {})
+        if "checksum/secrets" in annotations:
+            found[each["metadata"]["name"].removeprefix("lawnwatch-")] = annotations["checksum/secrets"]
+    return found
+
+
+AIRFLOW = {"airflow-api", "airflow-scheduler", "airflow-dag-processor", "airflow-triggerer"}
+
+
+def test_a_changed_secret_starts_those_anew_that_read_it_and_no_other(secrets: Secrets) -> None:
+    installed = secrets.render("--set", "secrets.apiKey=key")
+    secrets.there |= {each["metadata"]["name"]: each["data"] for each in installed if each["kind"] == "Secret"}
+    assert len(secrets.there) == 3
+    secrets.there["key"] = {"api-key": "bHdfa2V5"}
+
+    def upgraded() -> list[Object]:
+        return secrets.render("--set", "secrets.apiKey=key", "--is-upgrade")
+
+    before = checksums(upgraded())
+    assert set(before) == AIRFLOW | {"api", "mlflow", "webapp"}
+    # The key of the API is made after the install, by hand; what the chart made itself is as it was.
+    kept = {"api", "mlflow"}
+    assert {name: checksums(installed)[name] for name in kept} == {name: before[name] for name in kept}
+
+    for secret, key, readers in (
+        ("lawnwatch-mysql", "lawnwatch-password", {"api", *AIRFLOW}),
+        ("lawnwatch-mysql", "mlflow-password", {"mlflow"}),
+        ("lawnwatch-mysql", "root-password", set()),
+        ("lawnwatch-store", "mlflow-secret-key", {"mlflow"}),
+        ("lawnwatch-airflow", "jwt-secret", AIRFLOW),
+        ("lawnwatch-airflow", "admin-password", {"airflow-api"}),
+        ("key", "api-key", {"webapp", *AIRFLOW}),
+    ):
+        secrets.there[secret] = secrets.there[secret] | {key: "YS1uZXctb25l"}
+        after = checksums(upgraded())
+        assert {name for name in after if after[name] != before[name]} == readers, key
+        before = after
+
+
+def test_no_value_of_a_secret_is_in_any_other_object(secrets: Secrets) -> None:
+    objects = secrets.render()
+    values = [value for each in objects if each["kind"] == "Secret" for value in each["data"].values()]
+    text = json.dumps([each for each in objects if each["kind"] != "Secret"])
+    assert len(values) == 13
+    assert not [value for value in values if value in text or base64.b64decode(value).decode() in text]
+
+
+def test_what_nobody_knows_of_the_secrets_changes_no_pod(secrets: Secrets) -> None:
+    """A Job makes them, or nobody asks the cluster: then a rendering is as the one before."""
+    assert checksums(secrets.render("--set", "secrets.create=job")) == {}
+    assert checksums(rendered("secrets by a job")) == checksums(manifests()) == {}
+
+
 @pytest.mark.parametrize("name", VALUES)
 def test_the_chart_never_names_a_model(name: str) -> None:
     """An upgrade leaves what a rollout wrote: the pods only read the two annotations."""
     api = find(rendered(name), "Deployment", "lawnwatch-api")
-    assert not api["spec"]["template"]["metadata"].get("annotations")
+    written = api["spec"]["template"]["metadata"].get("annotations", {})
+    assert not [key for key in written if key.startswith("lawnwatch.io/")]
     (container,) = api["spec"]["template"]["spec"]["containers"]
     read = {each["name"]: each["valueFrom"]["fieldRef"]["fieldPath"] for each in container["env"]
             if "fieldRef" in each.get("valueFrom", {})}  # fmt: skip

@@ -46,6 +46,28 @@ securityContext:
   seccompProfile: {type: RuntimeDefault}
 {{- end }}
 
+{{- /*
+Annotations of a pod: (list $ ITS-OWN SETTINGS). A value that its settings take from a Secret starts it anew once it changed, at the
+next upgrade. They hold a hash of those values and not the Secret's version, so that the first upgrade finds what the install
+wrote, and a Secret's other keys do not count; with a random key among them, it tells nothing of a password. Where the Secrets
+are not known there is none.
+*/}}
+{{- define "lawnwatch.podAnnotations" }}
+{{- $root := index . 0 }}
+{{- $annotations := index . 1 }}
+{{- $values := dict }}
+{{- range regexFindAll "secretKeyRef: {.+?}" (index . 2) -1 }}
+{{- $from := trimPrefix "secretKeyRef: " . | fromYaml }}
+{{- with get (include "lawnwatch.secretData" (list $root $from.name) | fromJson) $from.key }}
+{{- $_ := set $values (printf "%s/%s" $from.name $from.key) . }}
+{{- end }}
+{{- end }}
+{{- if $values }}{{ $_ := set $annotations "checksum/secrets" (toJson $values | sha256sum) }}{{ end }}
+{{- with $annotations }}
+annotations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
 {{- define "lawnwatch.pullSecrets" }}
 {{- with .Values.image.pullSecrets }}
 imagePullSecrets: {{- range . }}
@@ -228,6 +250,25 @@ securityContext:
 {{- toJson $made }}
 {{- end }}
 
+{{- /* What a Secret holds, as JSON: what the cluster has, and what is made here; made once for all who ask. (list $ name) */}}
+{{- define "lawnwatch.secretData" -}}
+{{- $root := index . 0 }}
+{{- $name := index . 1 }}
+{{- $known := get $root "secretData" | default dict }}
+{{- if not (hasKey $known $name) }}
+{{- $data := (lookup "v1" "Secret" $root.Release.Namespace $name).data | default dict }}
+{{- if eq $root.Values.secrets.create "chart" }}
+{{- range get (include "lawnwatch.secretKeys" $root | fromJson) $name | default list }}
+{{- $new := randAlphaNum 32 }}
+{{- if eq . "fernet-key" }}{{ $new = randBytes 32 | replace "+" "-" | replace "/" "_" }}{{ end }}
+{{- if not (hasKey $data .) }}{{ $_ := set $data . ($new | b64enc) }}{{ end }}
+{{- end }}
+{{- end }}
+{{- $_ := set $root "secretData" (set $known $name $data) }}
+{{- end }}
+{{- get (get $root "secretData") $name | toJson }}
+{{- end }}
+
 {{- /* Ends Helm before a pod starts with a password that is as good as none, or that a server of somebody else's never heard of.
 What renders without a cluster sees no Secret. */}}
 {{- define "lawnwatch.refusePasswords" -}}
@@ -242,7 +283,7 @@ What renders without a cluster sees no Secret. */}}
 {{- end }}
 {{- end }}
 {{- $name := include (printf "lawnwatch.%sSecret" $part) $ }}
-{{- range $key, $value := (lookup "v1" "Secret" $.Release.Namespace $name).data | default dict }}
+{{- range $key, $value := include "lawnwatch.secretData" (list $ $name) | fromJson }}
 {{- if and (has $key $keys) (ne $key "root-user") (has ($value | b64dec | trim | lower) $known) }}
 {{- fail (printf "Secret %s: %s is blank or well-known; choose one of your own" $name $key) }}
 {{- end }}
