@@ -525,30 +525,31 @@ AIRFLOW = {"airflow-api", "airflow-scheduler", "airflow-dag-processor", "airflow
 
 
 def test_a_changed_secret_starts_those_anew_that_read_it_and_no_other(secrets: Secrets) -> None:
-    installed = secrets.render("--set", "secrets.apiKey=key")
+    installed = secrets.render("--set", "secrets.apiKey=key,secrets.env=settings")
     secrets.there |= {each["metadata"]["name"]: each["data"] for each in installed if each["kind"] == "Secret"}
     assert len(secrets.there) == 3
     secrets.there["key"] = {"api-key": "bHdfa2V5"}
 
     def upgraded() -> list[Object]:
-        return secrets.render("--set", "secrets.apiKey=key", "--is-upgrade")
+        return secrets.render("--set", "secrets.apiKey=key,secrets.env=settings", "--is-upgrade")
 
     before = checksums(upgraded())
-    assert set(before) == AIRFLOW | {"api", "mlflow", "webapp"}
+    assert set(before) == AIRFLOW | {"api", "exporter", "mlflow", "webapp"}
     # The key of the API is made after the install, by hand; what the chart made itself is as it was.
-    kept = {"api", "mlflow"}
+    kept = {"api", "exporter", "mlflow"}
     assert {name: checksums(installed)[name] for name in kept} == {name: before[name] for name in kept}
 
     for secret, key, readers in (
-        ("lawnwatch-mysql", "lawnwatch-password", {"api", *AIRFLOW}),
+        ("lawnwatch-mysql", "lawnwatch-password", {"api", "exporter", *AIRFLOW}),
         ("lawnwatch-mysql", "mlflow-password", {"mlflow"}),
         ("lawnwatch-mysql", "root-password", set()),
         ("lawnwatch-store", "mlflow-secret-key", {"mlflow"}),
         ("lawnwatch-airflow", "jwt-secret", AIRFLOW),
-        ("lawnwatch-airflow", "admin-password", {"airflow-api"}),
+        ("lawnwatch-airflow", "admin-password", {"airflow-api", "exporter"}),
         ("key", "api-key", {"webapp", *AIRFLOW}),
+        ("settings", "LAWNWATCH_IMPORT_DATABASE_URL", {"api", "exporter", *AIRFLOW}),
     ):
-        secrets.there[secret] = secrets.there[secret] | {key: "YS1uZXctb25l"}
+        secrets.there[secret] = secrets.there.get(secret, {}) | {key: "YS1uZXctb25l"}
         after = checksums(upgraded())
         assert {name for name in after if after[name] != before[name]} == readers, key
         before = after
@@ -1032,6 +1033,7 @@ def test_no_setting_is_given_twice(name: str) -> None:
 
 def test_a_setting_of_ones_own_takes_the_place_of_the_charts() -> None:
     ours = {"env": ("LAWNWATCH_LOG_JSON", "LAWNWATCH_WEIGHTS", "MLFLOW_HTTP_REQUEST_TIMEOUT"),
+            "mlflow.env": ("MLFLOW_SERVER_ALLOWED_HOSTS",), "webapp.env": ("LAWNWATCH_API_URL",),
             "airflow.env": ("AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION", "AIRFLOW__API__WORKERS",
                             "AIRFLOW__API__SECRET_KEY")}  # fmt: skip
     chosen = ",".join(f"{value}.{name}=mine" for value, names in ours.items() for name in names)
@@ -1043,19 +1045,39 @@ def test_a_setting_of_ones_own_takes_the_place_of_the_charts() -> None:
             names = [one["name"] for one in environment]
             assert len(names) == len(set(names)), pod
             seen |= {(pod, one["name"]) for one in environment if one.get("value") == "mine"}
-    airflow = {("Deployment/lawnwatch-airflow-api", name) for names in ours.values() for name in names}
+    airflow = {("Deployment/lawnwatch-airflow-api", name) for part in ("env", "airflow.env") for name in ours[part]}
+    for pod, name in (("mlflow", "MLFLOW_SERVER_ALLOWED_HOSTS"), ("webapp", "LAWNWATCH_API_URL")):
+        assert {each for each in seen if name in each} == {(f"Deployment/lawnwatch-{pod}", name)}
     assert (
         airflow | {(WORKER, name) for name in ours["env"]} | {("Deployment/lawnwatch-api", "LAWNWATCH_LOG_JSON")}
         <= seen
     )
 
 
-@pytest.mark.parametrize("name", ["MODEL_VERSION", "MODEL_SHA256", "DRAIN_SECONDS"])
-def test_a_setting_that_belongs_to_a_rollout_or_to_a_value_is_an_error_that_names_it(name: str) -> None:
-    result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set-string",
-                  f"env.LAWNWATCH_SERVING__{name}=1")  # fmt: skip
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *(f"env.LAWNWATCH_SERVING__{each}" for each in ("MODEL_VERSION", "MODEL_SHA256", "DRAIN_SECONDS")),
+        *(f"env.LAWNWATCH_{part}__{each}" for part in ("SERVING", "EXPORTER") for each in ("HOST", "PORT")),
+        "env.MLFLOW_SERVER_ALLOWED_HOSTS",
+        "webapp.env.LAWNWATCH_WEBAPP_METRICS_PORT",
+        "webapp.env.STREAMLIT_SERVER_PORT",
+    ],
+)
+def test_a_setting_that_is_not_for_its_place_is_an_error_that_names_it(setting: str) -> None:
+    """It belongs to a rollout, to a value or to another part, or a port that is written elsewhere would not follow."""
+    result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set-string", f"{setting}=1")
     assert result.returncode != 0
-    assert name in result.stderr
+    assert setting.rpartition(".")[2] in result.stderr
+
+
+def test_settings_that_are_secret_go_where_the_others_go_and_stand_nowhere_in_the_clear() -> None:
+    text = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set", "secrets.env=mine").stdout
+    for pod, spec in pods([each for each in yaml.safe_load_all(text) if each]):
+        for each in containers(spec):
+            ours = "LAWNWATCH_DATABASE_URL" in [one["name"] for one in each.get("env", [])]
+            assert each.get("envFrom", []) == ([{"secretRef": {"name": "mine"}}] if ours else []), (pod, each["name"])
+    assert "envFrom" not in json.dumps(rendered("default"))
 
 
 def test_everyone_who_asks_the_store_knows_its_region() -> None:

@@ -56,11 +56,10 @@ are not known there is none.
 {{- $root := index . 0 }}
 {{- $annotations := index . 1 }}
 {{- $values := dict }}
-{{- range regexFindAll "secretKeyRef: {.+?}" (index . 2) -1 }}
-{{- $from := trimPrefix "secretKeyRef: " . | fromYaml }}
-{{- with get (include "lawnwatch.secretData" (list $root $from.name) | fromJson) $from.key }}
-{{- $_ := set $values (printf "%s/%s" $from.name $from.key) . }}
-{{- end }}
+{{- range regexFindAll "secret(Key)?Ref: {.+?}" (index . 2) -1 }}
+{{- $from := regexReplaceAll "^\\w+: " . "" | fromYaml }}
+{{- $data := include "lawnwatch.secretData" (list $root $from.name) | fromJson }}
+{{- with hasKey $from "key" | ternary (get $data ($from.key | default "")) $data }}{{ $_ := set $values (toJson $from) . }}{{ end }}
 {{- end }}
 {{- if $values }}{{ $_ := set $annotations "checksum/secrets" (toJson $values | sha256sum) }}{{ end }}
 {{- with $annotations }}
@@ -123,6 +122,13 @@ securityContext:
 {{- define "lawnwatch.secretEnv" -}}
 - name: {{ index . 0 }}
   valueFrom: {secretKeyRef: {name: {{ index . 1 }}, key: {{ index . 2 }}}}
+{{- end }}
+
+{{- /* For API, steps and what belongs to them: nothing, or a Secret of settings. What `env` names comes first. */}}
+{{- define "lawnwatch.envFrom" }}
+{{- with .Values.secrets.env }}
+envFrom: [{secretRef: {name: {{ . }}}}]
+{{- end }}
 {{- end }}
 
 {{- /* For those that ask the API: nothing, or the key on a line of its own. */}}
