@@ -15,7 +15,7 @@ app.kubernetes.io/part-of: lawnwatch
 {{- define "lawnwatch.selector" -}}
 {{- $root := index . 0 -}}
 app.kubernetes.io/name: lawnwatch
-app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/instance: {{ $root.Release.Name | quote }}
 app.kubernetes.io/component: {{ index . 1 }}
 {{- end }}
 
