@@ -24,7 +24,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from lawnwatch.config import PLACEHOLDERS, ServingSettings
+from lawnwatch.config import PLACEHOLDERS, ServingSettings, Settings
 from processes import program
 
 pytestmark = pytest.mark.integration
@@ -172,6 +172,9 @@ def plain(value: Any) -> Any:
         ("secrets.create=true", "create"),
         ("mysql.storage=lots", "storage"),
         ("airflow.steps.trian.cpu=500m,airflow.steps.trian.memory=1Gi", "trian"),
+        ("airflow.steps.train.cpu=1,airflow.steps.train.nodeSelectors.pool=x", "nodeSelectors"),
+        (r"podAnnotations.lawnwatch\.io/model-version=3", "lawnwatch.io/model-version"),
+        ("serviceAccounts.annotations.steps.role=x", "steps"),
         ("api.resources.requests.cpu=-1", "cpu"),
     ],
 )
@@ -247,6 +250,46 @@ def test_every_pod_is_scheduled_as_the_values_say() -> None:
         assert spec["priorityClassName"] == "high", pod
         assert spec["tolerations"] == [{"operator": "Exists"}], pod
         assert spec["affinity"] == {"nodeAffinity": {"x": "y"}}, pod
+
+
+def test_every_pod_has_the_annotations_of_the_values_and_its_own() -> None:
+    text = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set",
+                "podAnnotations.team=lawn,secrets.create=job,monitoring.nodeExporter.enabled=true").stdout  # fmt: skip
+    objects = [each for each in yaml.safe_load_all(text) if each]
+    made = [each["spec"]["template"] for each in objects if "template" in each.get("spec", {})]
+    made += [find(objects, "Pod", "lawnwatch-test-predict")]
+    made += [yaml.safe_load(find(objects, "ConfigMap", "lawnwatch-airflow")["data"]["pod.yaml"])]
+    assert len(made) == len(dict(pods(objects)))
+    assert [each["metadata"] for each in made if each["metadata"]["annotations"]["team"] != "lawn"] == []
+    assert find(objects, "Pod", "lawnwatch-test-predict")["metadata"]["annotations"]["helm.sh/hook"] == "test"
+    prometheus = find(objects, "StatefulSet", "lawnwatch-prometheus")["spec"]["template"]
+    assert "checksum/config" in prometheus["metadata"]["annotations"]
+
+
+def test_an_account_has_the_annotations_of_its_own() -> None:
+    given = "serviceAccounts.annotations.step.role=fetch,serviceAccounts.annotations.secrets.role=make"
+    text = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set",
+                f"secrets.create=job,{given}").stdout  # fmt: skip
+    accounts = {
+        each["metadata"]["name"]: each["metadata"].get("annotations", {}).get("role")
+        for each in yaml.safe_load_all(text)
+        if each and each["kind"] == "ServiceAccount"
+    }
+    schema = json.loads((CHART / "values.schema.json").read_text())["properties"]["serviceAccounts"]["properties"]
+    assert {f"lawnwatch-{each}" for each in schema["annotations"]["propertyNames"]["enum"]} == set(accounts)
+    assert {name: role for name, role in accounts.items() if role} == {
+        "lawnwatch-step": "fetch",
+        "lawnwatch-secrets": "make",
+    }
+
+
+def test_a_step_is_told_its_nodes() -> None:
+    gpu = {"key": "gpu", "operator": "Exists"}
+    train = {"cpu": "4", "memory": "8Gi", "nodeSelector": {"pool": "gpu"}, "tolerations": [gpu]}
+    told = _environments("--set-json", f"airflow.steps.train={json.dumps(train)}")[WORKER]["LAWNWATCH_STEP_RESOURCES"]
+    asked = Settings(step_resources=json.loads(told["value"])).step_resources["train"]
+    assert asked.node_selector == {"pool": "gpu"}
+    assert [(each.key, each.operator) for each in asked.tolerations] == [("gpu", "Exists")]
 
 
 def test_every_pod_may_pull_from_a_private_registry() -> None:

@@ -47,7 +47,7 @@ securityContext:
 {{- end }}
 
 {{- /*
-Annotations of a pod: (list $ ITS-OWN SETTINGS). A value that its settings take from a Secret starts it anew once it changed, at the
+Annotations of a pod, with those of `podAnnotations`: (list $ ITS-OWN SETTINGS). A value that its settings take from a Secret starts it anew once it changed, at the
 next upgrade. They hold a hash of those values and not the Secret's version, so that the first upgrade finds what the install
 wrote, and a Secret's other keys do not count; with a random key among them, it tells nothing of a password. Where the Secrets
 are not known there is none.
@@ -62,7 +62,7 @@ are not known there is none.
 {{- with hasKey $from "key" | ternary (get $data ($from.key | default "")) $data }}{{ $_ := set $values (toJson $from) . }}{{ end }}
 {{- end }}
 {{- if $values }}{{ $_ := set $annotations "checksum/secrets" (toJson $values | sha256sum) }}{{ end }}
-{{- with $annotations }}
+{{- with merge $annotations $root.Values.podAnnotations }}
 annotations: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
