@@ -102,7 +102,8 @@ def databases() -> None:
 
 
 def buckets() -> None:
-    """S3_ENDPOINT, MINIO_ROOT_USER, MINIO_ROOT_PASSWORD, and <NAME>_STORE_SECRET_KEY of each bucket's key."""
+    """S3_ENDPOINT, S3_REGION when it is not us-east-1, MINIO_ROOT_USER, MINIO_ROOT_PASSWORD, and
+    <NAME>_STORE_SECRET_KEY of each bucket's key."""
     import urllib3
     from minio import Minio
     from minio.credentials import StaticProvider
@@ -113,11 +114,24 @@ def buckets() -> None:
     user, password = _secret("MINIO_ROOT_USER"), _secret("MINIO_ROOT_PASSWORD")
     secure = endpoint.scheme == "https"
     http = urllib3.PoolManager(timeout=10, retries=2)
-    client = Minio(endpoint.netloc, user, password, secure=secure, http_client=http)
+    region = os.environ.get("S3_REGION", "us-east-1")
+    client = Minio(endpoint.netloc, user, password, secure=secure, region=region, http_client=http)
     admin = MinioAdmin(
         endpoint=endpoint.netloc, credentials=StaticProvider(user, password), secure=secure, http_client=http
     )
-    _wait(f"S3 at {endpoint.netloc}", client.list_buckets, (urllib3.exceptions.HTTPError, S3Error))
+
+    def ask() -> None:
+        try:
+            client.list_buckets()
+        except S3Error as error:
+            if error.code not in ("SignatureDoesNotMatch", "InvalidAccessKeyId"):
+                raise
+            sys.exit(
+                f"MinIO at {endpoint.netloc} refuses root's password ({error.code}): it was started with another. "
+                "Restart it, so that it takes the one of .env or the Secret, or put that other one back."
+            )
+
+    _wait(f"S3 at {endpoint.netloc}", ask, (urllib3.exceptions.HTTPError, S3Error))
     for bucket, prefix in BUCKETS.items():
         if not client.bucket_exists(bucket):
             client.make_bucket(bucket)

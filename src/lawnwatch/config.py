@@ -235,11 +235,23 @@ class ExporterSettings(BaseModel):
     airflow_password: SecretStr = Field(SecretStr(""), description="Password of Airflow's user `admin`.")
 
 
+class Toleration(BaseModel):
+    """A taint that a pod bears, in Kubernetes' words."""
+
+    key: str | None = None
+    operator: Literal["Equal", "Exists"] = "Equal"
+    value: str | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    toleration_seconds: int | None = Field(None, alias="tolerationSeconds")
+
+
 class StepResources(BaseModel):
     """What the pod of a step asks for."""
 
     cpu: str = Field(description="CPU request, such as `500m`; there is no limit.")
     memory: str = Field(description="Memory request and limit, such as `2Gi`.")
+    node_selector: dict[str, str] = Field({}, alias="nodeSelector", description="Labels of its nodes.")
+    tolerations: list[Toleration] = Field([], description="Taints of its nodes that it bears.")
 
 
 class Settings(BaseSettings):
@@ -298,7 +310,8 @@ class Settings(BaseSettings):
     step_resources: dict[str, StepResources] = Field(
         {},
         description="On Kubernetes: what a step's pod asks for, by the step's first word, such as "
-        '`{"train": {"cpu": "1", "memory": "3Gi"}}`; the others ask for what `pipeline.py` says.',
+        '`{"train": {"cpu": "1", "memory": "3Gi"}}`, and on which nodes it runs (`nodeSelector`, `tolerations`); the '
+        "others ask for what `pipeline.py` says.",
     )
     run_id: str = Field("", description="Bound to every log line; Airflow's tasks set it to the DAG run's id.")
     fetch: FetchSettings = FetchSettings()

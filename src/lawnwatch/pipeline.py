@@ -213,21 +213,22 @@ def say(message: str) -> str:
 
 
 def _pod(first_word: str) -> dict[str, Any]:
-    """The resources of a step as a pod override, where tasks are pods."""
+    """The resources and the nodes of a step as a pod override, where tasks are pods."""
     if "KubernetesExecutor" not in conf.get("core", "executor"):
         return {}
     from kubernetes.client import models  # only in the cluster's image
 
     settings = get_settings()
-    cpu, memory = RESOURCES.get(first_word, SMALL)
-    if first_word in settings.step_resources:
-        asked = settings.step_resources[first_word]
-        cpu, memory = asked.cpu, asked.memory
+    asked = settings.step_resources.get(first_word)
+    cpu, memory = (asked.cpu, asked.memory) if asked else RESOURCES.get(first_word, SMALL)
     container = models.V1Container(
         name="base",
         resources=models.V1ResourceRequirements(requests={"cpu": cpu, "memory": memory}, limits={"memory": memory}),
     )
     spec = models.V1PodSpec(containers=[container])
+    if asked:  # what is empty leaves that of all pods
+        spec.node_selector = asked.node_selector or None
+        spec.tolerations = [models.V1Toleration(**each.model_dump()) for each in asked.tolerations] or None
     if first_word == "rollout":  # the only step that Kubernetes answers
         spec.service_account_name = settings.rollout.service_account or None
         spec.automount_service_account_token = True

@@ -35,11 +35,16 @@ def bootstrap(*what: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_each_bucket_has_a_key_that_opens_no_other(start_minio: Callable[[], Any]) -> None:
+@pytest.mark.parametrize("region", ["us-east-1", "eu-central-1"])
+def test_each_bucket_has_a_key_that_opens_no_other(
+    region: str, start_minio: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINIO_REGION", region)  # as the chart's `minio.region`
     minio = start_minio()
     keys = {bucket: secrets.token_hex(20) for bucket in OWNERS}
     env = {
         "S3_ENDPOINT": minio.endpoint,
+        "S3_REGION": region,
         "MINIO_ROOT_USER": minio.access_key,
         "MINIO_ROOT_PASSWORD": minio.secret_key,
     } | {f"{owner}_STORE_SECRET_KEY": keys[bucket] for bucket, owner in OWNERS.items()}
@@ -49,7 +54,7 @@ def test_each_bucket_has_a_key_that_opens_no_other(start_minio: Callable[[], Any
     assert not [key for key in keys.values() if key in done.stdout + done.stderr]
 
     def client(bucket: str, key: str) -> Client:
-        return Client(minio.endpoint.removeprefix("http://"), bucket, key, secure=False)
+        return Client(minio.endpoint.removeprefix("http://"), bucket, key, secure=False, region=region)
 
     for mine in OWNERS:
         for other in OWNERS:
@@ -86,6 +91,17 @@ def test_a_root_password_that_is_not_the_volumes_ends_it_with_what_to_do(mariadb
     assert done.returncode == 1
     assert "refuses root's password" in done.stderr
     assert "not-the-first-one" not in done.stderr
+
+
+@pytest.mark.parametrize("change", [{"MINIO_ROOT_PASSWORD": "not-what-it-began-with"}, {"MINIO_ROOT_USER": "nobody"}])
+def test_a_root_password_that_minio_was_not_started_with_ends_it_with_what_to_do(
+    change: dict[str, str], minio: Any
+) -> None:
+    root = {"MINIO_ROOT_USER": minio.access_key, "MINIO_ROOT_PASSWORD": minio.secret_key}
+    done = bootstrap("buckets", S3_ENDPOINT=minio.endpoint, **root | change)
+    assert done.returncode == 1
+    assert "refuses root's password" in done.stderr and "Restart it" in done.stderr
+    assert "not-what-it-began-with" not in done.stderr
 
 
 class Namespace:

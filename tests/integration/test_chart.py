@@ -6,11 +6,14 @@ No cluster runs here; tests/e2e/test_cluster.py installs the chart on one.
 from __future__ import annotations
 
 import ast
+import base64
+import http.server
 import json
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from functools import cache
 from ipaddress import ip_address, ip_network
@@ -21,7 +24,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from lawnwatch.config import PLACEHOLDERS
+from lawnwatch.config import PLACEHOLDERS, ServingSettings, Settings
 from processes import program
 
 pytestmark = pytest.mark.integration
@@ -143,14 +146,15 @@ def test_the_overlay_small_is_what_helm_installs_with_the_small_values() -> None
 
 
 def plain(value: Any) -> Any:
-    """An object without its namespace and what only Helm reads; the steps' pod in it as an object."""
+    """An object without its namespace and what only Helm reads or knows; the steps' pod in it as an object."""
     if isinstance(value, list):
         return [plain(each) for each in value]
     if not isinstance(value, dict):
         return value
-    helms = {"helm.sh/chart", "app.kubernetes.io/managed-by", "namespace"}
-    return {key: plain(yaml.safe_load(each) if key == "pod.yaml" else each)
+    helms = {"helm.sh/chart", "app.kubernetes.io/managed-by", "namespace", "checksum/secrets"}
+    made = {key: plain(yaml.safe_load(each) if key == "pod.yaml" else each)
             for key, each in value.items() if key not in helms}  # fmt: skip
+    return {key: each for key, each in made.items() if (key, each) != ("annotations", {})}
 
 
 # ── values ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -168,6 +172,9 @@ def plain(value: Any) -> Any:
         ("secrets.create=true", "create"),
         ("mysql.storage=lots", "storage"),
         ("airflow.steps.trian.cpu=500m,airflow.steps.trian.memory=1Gi", "trian"),
+        ("airflow.steps.train.cpu=1,airflow.steps.train.nodeSelectors.pool=x", "nodeSelectors"),
+        (r"podAnnotations.lawnwatch\.io/model-version=3", "lawnwatch.io/model-version"),
+        ("serviceAccounts.annotations.steps.role=x", "steps"),
         ("api.resources.requests.cpu=-1", "cpu"),
     ],
 )
@@ -198,7 +205,15 @@ def test_a_ca_for_the_mysql_that_the_chart_brings_is_an_error_that_says_so() -> 
         ("minio.accessKeys.mlflow=AKIA", "are for an S3 of your own"),
         (
             "monitoring.enabled=false,monitoring.alertmanager.webhookUrl=http://x",
-            "is for the Alertmanager of this chart",
+            "are for the Alertmanager of this chart",
+        ),
+        (
+            "monitoring.operator=true,monitoring.alertmanager.webhookSecret=mine",
+            "are for the Alertmanager of this chart",
+        ),
+        (
+            "monitoring.alertmanager.webhookSecret=mine,monitoring.alertmanager.webhookUrl=http://x",
+            "leave one of them empty",
         ),
     ],
 )
@@ -235,6 +250,46 @@ def test_every_pod_is_scheduled_as_the_values_say() -> None:
         assert spec["priorityClassName"] == "high", pod
         assert spec["tolerations"] == [{"operator": "Exists"}], pod
         assert spec["affinity"] == {"nodeAffinity": {"x": "y"}}, pod
+
+
+def test_every_pod_has_the_annotations_of_the_values_and_its_own() -> None:
+    text = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set",
+                "podAnnotations.team=lawn,secrets.create=job,monitoring.nodeExporter.enabled=true").stdout  # fmt: skip
+    objects = [each for each in yaml.safe_load_all(text) if each]
+    made = [each["spec"]["template"] for each in objects if "template" in each.get("spec", {})]
+    made += [find(objects, "Pod", "lawnwatch-test-predict")]
+    made += [yaml.safe_load(find(objects, "ConfigMap", "lawnwatch-airflow")["data"]["pod.yaml"])]
+    assert len(made) == len(dict(pods(objects)))
+    assert [each["metadata"] for each in made if each["metadata"]["annotations"]["team"] != "lawn"] == []
+    assert find(objects, "Pod", "lawnwatch-test-predict")["metadata"]["annotations"]["helm.sh/hook"] == "test"
+    prometheus = find(objects, "StatefulSet", "lawnwatch-prometheus")["spec"]["template"]
+    assert "checksum/config" in prometheus["metadata"]["annotations"]
+
+
+def test_an_account_has_the_annotations_of_its_own() -> None:
+    given = "serviceAccounts.annotations.step.role=fetch,serviceAccounts.annotations.secrets.role=make"
+    text = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set",
+                f"secrets.create=job,{given}").stdout  # fmt: skip
+    accounts = {
+        each["metadata"]["name"]: each["metadata"].get("annotations", {}).get("role")
+        for each in yaml.safe_load_all(text)
+        if each and each["kind"] == "ServiceAccount"
+    }
+    schema = json.loads((CHART / "values.schema.json").read_text())["properties"]["serviceAccounts"]["properties"]
+    assert {f"lawnwatch-{each}" for each in schema["annotations"]["propertyNames"]["enum"]} == set(accounts)
+    assert {name: role for name, role in accounts.items() if role} == {
+        "lawnwatch-step": "fetch",
+        "lawnwatch-secrets": "make",
+    }
+
+
+def test_a_step_is_told_its_nodes() -> None:
+    gpu = {"key": "gpu", "operator": "Exists"}
+    train = {"cpu": "4", "memory": "8Gi", "nodeSelector": {"pool": "gpu"}, "tolerations": [gpu]}
+    told = _environments("--set-json", f"airflow.steps.train={json.dumps(train)}")[WORKER]["LAWNWATCH_STEP_RESOURCES"]
+    asked = Settings(step_resources=json.loads(told["value"])).step_resources["train"]
+    assert asked.node_selector == {"pool": "gpu"}
+    assert [(each.key, each.operator) for each in asked.tolerations] == [("gpu", "Exists")]
 
 
 def test_every_pod_may_pull_from_a_private_registry() -> None:
@@ -425,17 +480,152 @@ def test_fault_49_secrets_of_your_own_must_be_named(part: str) -> None:
     assert f"secrets.{part} is empty" in result.stderr
 
 
+@pytest.mark.parametrize("create", ["chart", "job", "none"])
+@pytest.mark.parametrize(
+    ("part", "settings", "keys"),
+    [
+        (
+            "mysql",
+            "mysql.enabled=false,mysql.host=db.example.org",
+            "lawnwatch-password, airflow-password, mlflow-password",
+        ),
+        (
+            "store",
+            "minio.enabled=false,minio.endpoint=https://s3.example.org,minio.accessKeys.lawnwatch=AKIA",
+            "lawnwatch-secret-key, airflow-secret-key, mlflow-secret-key",
+        ),
+    ],
+)
+def test_the_passwords_of_a_server_of_ones_own_are_never_made_up(
+    part: str, settings: str, keys: str, create: str
+) -> None:
+    others = [f"secrets.{other}=mine" for other in ("mysql", "store", "airflow") if other != part]
+    argv = ("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set",
+            ",".join([settings, f"secrets.create={create}", *others]))  # fmt: skip
+    result = helm(*argv)
+    assert result.returncode != 0
+    assert f"secrets.{part} is empty" in result.stderr
+    assert f"under the keys {keys};" in result.stderr
+    named = helm(*argv, "--set", f"secrets.{part}=mine")
+    assert named.returncode == 0, named.stderr
+    assert "kind: Secret\n" not in named.stdout
+
+
 def test_fault_49_the_chart_and_the_settings_know_the_same_passwords() -> None:
     """What the chart refuses in a Secret that is there needs a cluster: tests/e2e/test_cluster.py."""
     (known,) = re.findall(r"\$known := list (.+) }}", (CHART / "templates/_helpers.tpl").read_text())
     assert set(re.findall(r'"([^"]*)"', known)) == PLACEHOLDERS
 
 
+class Secrets(http.server.ThreadingHTTPServer):
+    """As much of Kubernetes' API as Helm's `lookup` of a Secret asks."""
+
+    def __init__(self) -> None:
+        self.there: dict[str, dict[str, str]] = {}
+        there = self.there
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                secret = {"name": "secrets", "namespaced": True, "kind": "Secret", "verbs": ["get"]}
+                status, body = 200, {"kind": "APIResourceList", "groupVersion": "v1", "resources": [secret]}
+                if self.path.partition("?")[0] != "/api/v1":
+                    name = self.path.removeprefix("/api/v1/namespaces/farm/secrets/")
+                    found = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "data": there.get(name)}
+                    missing = {"kind": "Status", "code": 404, "reason": "NotFound", "message": f"no {name}"}
+                    status, body = (200, found) if name in there else (404, missing)
+                data = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def render(self, *argv: str) -> list[Object]:
+        address = f"http://127.0.0.1:{self.server_address[1]}"
+        result = helm("template", "lawnwatch", str(CHART), "-n", "farm", "--dry-run=server", "--kube-version=1.34.0",
+                      f"--kube-apiserver={address}", *argv)  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        return [each for each in yaml.safe_load_all(result.stdout) if each]
+
+
+@pytest.fixture
+def secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Secrets]:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    secrets = Secrets()
+    yield secrets
+    secrets.shutdown()
+
+
+def checksums(objects: list[Object]) -> dict[str, str]:
+    """Of the Secrets' values, by the name of the pods' object."""
+    found = {}
+    for each in objects:
+        annotations = each.get("spec", {}).get("template", {}).get("metadata", {}).get("annotations", {})
+        if "checksum/secrets" in annotations:
+            found[each["metadata"]["name"].removeprefix("lawnwatch-")] = annotations["checksum/secrets"]
+    return found
+
+
+AIRFLOW = {"airflow-api", "airflow-scheduler", "airflow-dag-processor", "airflow-triggerer"}
+
+
+def test_a_changed_secret_starts_those_anew_that_read_it_and_no_other(secrets: Secrets) -> None:
+    installed = secrets.render("--set", "secrets.apiKey=key,secrets.env=settings")
+    secrets.there |= {each["metadata"]["name"]: each["data"] for each in installed if each["kind"] == "Secret"}
+    assert len(secrets.there) == 3
+    secrets.there["key"] = {"api-key": "bHdfa2V5"}
+
+    def upgraded() -> list[Object]:
+        return secrets.render("--set", "secrets.apiKey=key,secrets.env=settings", "--is-upgrade")
+
+    before = checksums(upgraded())
+    assert set(before) == AIRFLOW | {"api", "exporter", "mlflow", "webapp"}
+    # The key of the API is made after the install, by hand; what the chart made itself is as it was.
+    kept = {"api", "exporter", "mlflow"}
+    assert {name: checksums(installed)[name] for name in kept} == {name: before[name] for name in kept}
+
+    for secret, key, readers in (
+        ("lawnwatch-mysql", "lawnwatch-password", {"api", "exporter", *AIRFLOW}),
+        ("lawnwatch-mysql", "mlflow-password", {"mlflow"}),
+        ("lawnwatch-mysql", "root-password", set()),
+        ("lawnwatch-store", "mlflow-secret-key", {"mlflow"}),
+        ("lawnwatch-airflow", "jwt-secret", AIRFLOW),
+        ("lawnwatch-airflow", "admin-password", {"airflow-api", "exporter"}),
+        ("key", "api-key", {"webapp", *AIRFLOW}),
+        ("settings", "LAWNWATCH_IMPORT_DATABASE_URL", {"api", "exporter", *AIRFLOW}),
+    ):
+        secrets.there[secret] = secrets.there.get(secret, {}) | {key: "YS1uZXctb25l"}
+        after = checksums(upgraded())
+        assert {name for name in after if after[name] != before[name]} == readers, key
+        before = after
+
+
+def test_no_value_of_a_secret_is_in_any_other_object(secrets: Secrets) -> None:
+    objects = secrets.render()
+    values = [value for each in objects if each["kind"] == "Secret" for value in each["data"].values()]
+    text = json.dumps([each for each in objects if each["kind"] != "Secret"])
+    assert len(values) == 13
+    assert not [value for value in values if value in text or base64.b64decode(value).decode() in text]
+
+
+def test_what_nobody_knows_of_the_secrets_changes_no_pod(secrets: Secrets) -> None:
+    """A Job makes them, or nobody asks the cluster: then a rendering is as the one before."""
+    assert checksums(secrets.render("--set", "secrets.create=job")) == {}
+    assert checksums(rendered("secrets by a job")) == checksums(manifests()) == {}
+
+
 @pytest.mark.parametrize("name", VALUES)
 def test_the_chart_never_names_a_model(name: str) -> None:
     """An upgrade leaves what a rollout wrote: the pods only read the two annotations."""
     api = find(rendered(name), "Deployment", "lawnwatch-api")
-    assert not api["spec"]["template"]["metadata"].get("annotations")
+    written = api["spec"]["template"]["metadata"].get("annotations", {})
+    assert not [key for key in written if key.startswith("lawnwatch.io/")]
     (container,) = api["spec"]["template"]["spec"]["containers"]
     read = {each["name"]: each["valueFrom"]["fieldRef"]["fieldPath"] for each in container["env"]
             if "fieldRef" in each.get("valueFrom", {})}  # fmt: skip
@@ -679,19 +869,31 @@ def test_from_other_namespaces_come_those_who_ought_to(name: str, label: str, pa
 
 @pytest.mark.parametrize("part", ["api", "step", "mlflow"])
 def test_what_fetches_pictures_never_reaches_the_clouds_metadata(part: str) -> None:
-    """The address may be reached for names only, by no rule that holds for every port."""
+    """By no port but 53: at GKE the same address knows the names."""
     reached = [
         (to["ipBlock"], rule.get("ports"))
         for rule in policies("default")[f"{part}-egress"]["egress"]
         for to in rule["to"]
         if "ipBlock" in to
     ]
+    names = [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]
     for metadata in map(ip_address, ("169.254.169.254", "169.254.170.2", "fe80::a9fe:a9fe", "fd00:ec2::254")):
         for block, ports in reached:
             inside = metadata in ip_network(block["cidr"])
-            assert not inside or any(metadata in ip_network(each) for each in block["except"]), (metadata, ports)
+            out = any(metadata in ip_network(each) for each in block.get("except", []))
+            assert not inside or out or ports == names, metadata
     web = map(ip_address, ("93.184.216.34", "10.96.0.1", "2606:2800:220:1::1"))
     assert all(any(address in ip_network(block["cidr"]) for block, _ in reached) for address in web)
+
+
+@pytest.mark.parametrize("part", ["webapp", "api", "step", "mlflow"])
+@pytest.mark.parametrize("resolver", ["169.254.20.10", "169.254.169.254"])
+def test_names_are_asked_of_the_nodes_and_of_the_clouds_resolver(part: str, resolver: str) -> None:
+    """NodeLocal DNSCache, and Cloud DNS of GKE."""
+    asked = [rule["ports"] for rule in policies("default")[f"{part}-egress"]["egress"] for to in rule["to"]
+             if "ipBlock" in to and ip_address(resolver) in ip_network(to["ipBlock"]["cidr"])
+             and "except" not in to["ipBlock"]]  # fmt: skip
+    assert asked == [[{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]]
 
 
 def annotations(name: str, ingress: str) -> Object:
@@ -710,12 +912,19 @@ def test_a_page_keeps_its_pod_and_the_api_spreads_its_requests(name: str) -> Non
     assert "rewrite-target" not in annotations(name, "lawnwatch-webapp")
 
 
+@pytest.mark.parametrize("name", ["production", "overlay"])
+def test_a_batch_of_the_largest_size_passes_the_ingress(name: str) -> None:
+    assert annotations(name, "lawnwatch-api")["proxy-body-size"] == "50m"
+    assert ServingSettings().max_batch_bytes <= 50 * 1024**2
+    assert annotations(name, "lawnwatch-webapp")["proxy-body-size"] == "25m"
+
+
 def test_an_annotation_of_ones_own_takes_the_place_of_the_charts() -> None:
     assert annotations("production", "lawnwatch-api")["cert-manager.io/cluster-issuer"] == "letsencrypt"
     key = r"ingress.annotations.nginx\.ingress\.kubernetes\.io/proxy-body-size"
     text = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--show-only=templates/ingress.yaml",
                 "--set", f"ingress.enabled=true,{key}=1m").stdout  # fmt: skip
-    assert text.count("proxy-body-size: 1m") == 2 and "25m" not in text
+    assert text.count("proxy-body-size: 1m") == 2 and not {"25m", "50m"} & set(text.split())
 
 
 def _monitored(name: str) -> dict[str, tuple[str, str]]:
@@ -804,6 +1013,20 @@ def test_prometheus_asks_each_pod_of_what_may_have_several_by_the_whole_name(job
     assert (service["clusterIP"], service["publishNotReadyAddresses"]) == ("None", True)
     assert port in [each["port"] for each in service["ports"]]
     assert service["selector"]["app.kubernetes.io/component"] == part
+
+
+def test_a_webhook_that_is_secret_is_a_file_of_alertmanager() -> None:
+    """Debian's Alertmanager, which the other tests start, is too old for `url_file`; the chart's knows it."""
+    text = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set",
+                "monitoring.alertmanager.webhookSecret=mine").stdout  # fmt: skip
+    objects = [each for each in yaml.safe_load_all(text) if each]
+    config = find(objects, "ConfigMap", "lawnwatch-alertmanager")["data"]["alertmanager.yml"]
+    (webhook,) = yaml.safe_load(config)["receivers"][0]["webhook_configs"]
+    spec = dict(pods(objects))["Deployment/lawnwatch-alertmanager"]
+    folders = {each["name"]: each["mountPath"] for each in spec["containers"][0]["volumeMounts"]}
+    assert webhook == {"url_file": f"{folders['webhook']}/url", "send_resolved": True}
+    (volume,) = [each for each in spec["volumes"] if each["name"] == "webhook"]
+    assert volume["secret"] == {"secretName": "mine"}
 
 
 def test_every_setting_of_prometheus_starts_it_anew() -> None:
@@ -897,6 +1120,7 @@ def test_no_setting_is_given_twice(name: str) -> None:
 
 def test_a_setting_of_ones_own_takes_the_place_of_the_charts() -> None:
     ours = {"env": ("LAWNWATCH_LOG_JSON", "LAWNWATCH_WEIGHTS", "MLFLOW_HTTP_REQUEST_TIMEOUT"),
+            "mlflow.env": ("MLFLOW_SERVER_ALLOWED_HOSTS",), "webapp.env": ("LAWNWATCH_API_URL",),
             "airflow.env": ("AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION", "AIRFLOW__API__WORKERS",
                             "AIRFLOW__API__SECRET_KEY")}  # fmt: skip
     chosen = ",".join(f"{value}.{name}=mine" for value, names in ours.items() for name in names)
@@ -908,19 +1132,52 @@ def test_a_setting_of_ones_own_takes_the_place_of_the_charts() -> None:
             names = [one["name"] for one in environment]
             assert len(names) == len(set(names)), pod
             seen |= {(pod, one["name"]) for one in environment if one.get("value") == "mine"}
-    airflow = {("Deployment/lawnwatch-airflow-api", name) for names in ours.values() for name in names}
+    airflow = {("Deployment/lawnwatch-airflow-api", name) for part in ("env", "airflow.env") for name in ours[part]}
+    for pod, name in (("mlflow", "MLFLOW_SERVER_ALLOWED_HOSTS"), ("webapp", "LAWNWATCH_API_URL")):
+        assert {each for each in seen if name in each} == {(f"Deployment/lawnwatch-{pod}", name)}
     assert (
         airflow | {(WORKER, name) for name in ours["env"]} | {("Deployment/lawnwatch-api", "LAWNWATCH_LOG_JSON")}
         <= seen
     )
 
 
-@pytest.mark.parametrize("name", ["MODEL_VERSION", "MODEL_SHA256", "DRAIN_SECONDS"])
-def test_a_setting_that_belongs_to_a_rollout_or_to_a_value_is_an_error_that_names_it(name: str) -> None:
-    result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set-string",
-                  f"env.LAWNWATCH_SERVING__{name}=1")  # fmt: skip
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *(f"env.LAWNWATCH_SERVING__{each}" for each in ("MODEL_VERSION", "MODEL_SHA256", "DRAIN_SECONDS")),
+        *(f"env.LAWNWATCH_{part}__{each}" for part in ("SERVING", "EXPORTER") for each in ("HOST", "PORT")),
+        "env.MLFLOW_SERVER_ALLOWED_HOSTS",
+        "webapp.env.LAWNWATCH_WEBAPP_METRICS_PORT",
+        "webapp.env.STREAMLIT_SERVER_PORT",
+    ],
+)
+def test_a_setting_that_is_not_for_its_place_is_an_error_that_names_it(setting: str) -> None:
+    """It belongs to a rollout, to a value or to another part, or a port that is written elsewhere would not follow."""
+    result = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set-string", f"{setting}=1")
     assert result.returncode != 0
-    assert name in result.stderr
+    assert setting.rpartition(".")[2] in result.stderr
+
+
+def test_settings_that_are_secret_go_where_the_others_go_and_stand_nowhere_in_the_clear() -> None:
+    text = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set", "secrets.env=mine").stdout
+    for pod, spec in pods([each for each in yaml.safe_load_all(text) if each]):
+        for each in containers(spec):
+            ours = "LAWNWATCH_DATABASE_URL" in [one["name"] for one in each.get("env", [])]
+            assert each.get("envFrom", []) == ([{"secretRef": {"name": "mine"}}] if ours else []), (pod, each["name"])
+    assert "envFrom" not in json.dumps(rendered("default"))
+
+
+def test_everyone_who_asks_the_store_knows_its_region() -> None:
+    """MinIO refuses a request that is signed for another."""
+    text = helm("template", "lawnwatch", str(CHART), "--kube-version=1.34.0", "--set", "minio.region=eu-south-2").stdout
+    asking = {
+        (pod, each["name"]): json.dumps(each["env"])
+        for pod, spec in pods([each for each in yaml.safe_load_all(text) if each])
+        for each in containers(spec)
+        if "lawnwatch-minio:9000" in json.dumps(each.get("env"))
+    }
+    assert len(asking) > 10
+    assert [each for each, env in asking.items() if env.count("eu-south-2") < env.count("lawnwatch-minio:9000")] == []
 
 
 def test_everyone_who_asks_a_mysql_with_a_ca_has_the_ca() -> None:
@@ -952,15 +1209,16 @@ def test_a_chart_packaged_with_a_build_in_its_version_gives_labels_that_kubernet
     assert not [value for value in labels if not re.fullmatch(r"[A-Za-z0-9]([\w.-]{,61}[A-Za-z0-9])?", value)]
 
 
-def test_a_namespace_may_be_a_number() -> None:
-    text = helm("template", "lawnwatch", str(CHART), "-n", "2024", "--kube-version=1.34.0").stdout
+def test_a_release_and_its_namespace_may_be_numbers() -> None:
+    text = helm("template", "123", str(CHART), "-n", "2024", "--kube-version=1.34.0", "--set",
+                "secrets.create=job").stdout  # fmt: skip
 
     def numbers(part: Any) -> list[Any]:
         if isinstance(part, list):
             return [found for each in part for found in numbers(each)]
         if not isinstance(part, dict):
             return []
-        texts = [value for key, value in part.items() if key in ("name", "namespace", "value")]
+        texts = [value for key, value in part.items() if key in ("name", "namespace", "value") or "/" in key]
         return [text for text in texts if isinstance(text, int)] + numbers(list(part.values()))
 
     assert numbers(list(yaml.safe_load_all(text))) == []

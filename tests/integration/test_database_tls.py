@@ -61,7 +61,7 @@ def _environment() -> dict[str, str]:
     rendered = subprocess.run(
         [program("helm", str(Path.home() / ".cache/lawnwatch/bin/helm")), "template", "lawnwatch",
          str(ROOT / "helm/lawnwatch"), "--kube-version=1.34.0",
-         "--set", "mysql.enabled=false,mysql.host=db.example,mysql.caSecret=ca"],
+         "--set", "mysql.enabled=false,mysql.host=db.example,mysql.caSecret=ca,secrets.mysql=mine"],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -156,6 +157,33 @@ def test_resources_are_asked_for_only_where_tasks_are_pods(monkeypatch):
 
     assert os.environ.get("AIRFLOW__CORE__EXECUTOR") is None
     assert pipeline._pod("train") == {}
+
+
+def test_a_step_asks_for_what_the_settings_say_and_runs_on_the_nodes_they_name(monkeypatch):
+    from kubernetes.client import ApiClient
+
+    from lawnwatch import pipeline
+    from lawnwatch.config import get_settings
+
+    gpu = {"key": "gpu", "operator": "Exists", "effect": "NoSchedule", "tolerationSeconds": 60}
+    train = {"cpu": "4", "memory": "8Gi", "nodeSelector": {"pool": "gpu"}, "tolerations": [gpu, {"key": "spot"}]}
+    asked = {"train": train, "ingest": {"cpu": "1", "memory": "1Gi"}}
+    monkeypatch.setenv("AIRFLOW__CORE__EXECUTOR", "KubernetesExecutor")
+    monkeypatch.setenv("LAWNWATCH_STEP_RESOURCES", json.dumps(asked))
+    get_settings.cache_clear()
+
+    def spec(word):
+        pod = pipeline._pod(word)["executor_config"]["pod_override"]
+        return ApiClient().sanitize_for_serialization(pod)["spec"]
+
+    assert spec("train")["containers"][0]["resources"] == {
+        "requests": {"cpu": "4", "memory": "8Gi"},
+        "limits": {"memory": "8Gi"},
+    }
+    assert spec("train")["nodeSelector"] == {"pool": "gpu"}
+    assert spec("train")["tolerations"] == [gpu, {"key": "spot", "operator": "Equal"}]
+    for word in ("ingest", "snapshot"):
+        assert not {"nodeSelector", "tolerations"} & spec(word).keys()
 
 
 def test_what_is_not_mapped_over_is_there_for_other_steps(run):

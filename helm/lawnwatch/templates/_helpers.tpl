@@ -15,7 +15,7 @@ app.kubernetes.io/part-of: lawnwatch
 {{- define "lawnwatch.selector" -}}
 {{- $root := index . 0 -}}
 app.kubernetes.io/name: lawnwatch
-app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/instance: {{ $root.Release.Name | quote }}
 app.kubernetes.io/component: {{ index . 1 }}
 {{- end }}
 
@@ -44,6 +44,27 @@ securityContext:
   fsGroup: {{ index . 1 }}
   fsGroupChangePolicy: OnRootMismatch
   seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
+{{- /*
+Annotations of a pod, with those of `podAnnotations`: (list $ ITS-OWN SETTINGS). A value that its settings take from a Secret starts it anew once it changed, at the
+next upgrade. They hold a hash of those values and not the Secret's version, so that the first upgrade finds what the install
+wrote, and a Secret's other keys do not count; with a random key among them, it tells nothing of a password. Where the Secrets
+are not known there is none.
+*/}}
+{{- define "lawnwatch.podAnnotations" }}
+{{- $root := index . 0 }}
+{{- $annotations := index . 1 }}
+{{- $values := dict }}
+{{- range regexFindAll "secret(Key)?Ref: {.+?}" (index . 2) -1 }}
+{{- $from := regexReplaceAll "^\\w+: " . "" | fromYaml }}
+{{- $data := include "lawnwatch.secretData" (list $root $from.name) | fromJson }}
+{{- with hasKey $from "key" | ternary (get $data ($from.key | default "")) $data }}{{ $_ := set $values (toJson $from) . }}{{ end }}
+{{- end }}
+{{- if $values }}{{ $_ := set $annotations "checksum/secrets" (toJson $values | sha256sum) }}{{ end }}
+{{- with merge $annotations $root.Values.podAnnotations }}
+annotations: {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end }}
 
 {{- define "lawnwatch.pullSecrets" }}
@@ -101,6 +122,13 @@ securityContext:
 {{- define "lawnwatch.secretEnv" -}}
 - name: {{ index . 0 }}
   valueFrom: {secretKeyRef: {name: {{ index . 1 }}, key: {{ index . 2 }}}}
+{{- end }}
+
+{{- /* For API, steps and what belongs to them: nothing, or a Secret of settings. What `env` names comes first. */}}
+{{- define "lawnwatch.envFrom" }}
+{{- with .Values.secrets.env }}
+envFrom: [{secretRef: {name: {{ . }}}}]
+{{- end }}
 {{- end }}
 
 {{- /* For those that ask the API: nothing, or the key on a line of its own. */}}
@@ -211,11 +239,11 @@ securityContext:
 {{- include "lawnwatch.mysqlCaVolume" . }}
 {{- end }}
 
-{{- /* The passwords of each part, as JSON. */}}
+{{- /* The passwords of each part, as JSON. Those of root are for the servers that the chart brings. */}}
 {{- define "lawnwatch.passwords" -}}
 {{- dict
-  "mysql" (list "root-password" "lawnwatch-password" "airflow-password" "mlflow-password")
-  "store" (list "root-user" "root-password" "lawnwatch-secret-key" "airflow-secret-key" "mlflow-secret-key")
+  "mysql" (concat (.Values.mysql.enabled | ternary (list "root-password") list) (list "lawnwatch-password" "airflow-password" "mlflow-password"))
+  "store" (concat (.Values.minio.enabled | ternary (list "root-user" "root-password") list) (list "lawnwatch-secret-key" "airflow-secret-key" "mlflow-secret-key"))
   "airflow" (list "fernet-key" "api-secret-key" "jwt-secret" "admin-password") | toJson }}
 {{- end }}
 
@@ -228,15 +256,40 @@ securityContext:
 {{- toJson $made }}
 {{- end }}
 
-{{- /* Ends Helm before a pod starts with a password that is as good as none. What renders without a cluster sees no Secret. */}}
-{{- define "lawnwatch.refuseKnownPasswords" -}}
+{{- /* What a Secret holds, as JSON: what the cluster has, and what is made here; made once for all who ask. (list $ name) */}}
+{{- define "lawnwatch.secretData" -}}
+{{- $root := index . 0 }}
+{{- $name := index . 1 }}
+{{- $known := get $root "secretData" | default dict }}
+{{- if not (hasKey $known $name) }}
+{{- $data := (lookup "v1" "Secret" $root.Release.Namespace $name).data | default dict }}
+{{- if eq $root.Values.secrets.create "chart" }}
+{{- range get (include "lawnwatch.secretKeys" $root | fromJson) $name | default list }}
+{{- $new := randAlphaNum 32 }}
+{{- if eq . "fernet-key" }}{{ $new = randBytes 32 | replace "+" "-" | replace "/" "_" }}{{ end }}
+{{- if not (hasKey $data .) }}{{ $_ := set $data . ($new | b64enc) }}{{ end }}
+{{- end }}
+{{- end }}
+{{- $_ := set $root "secretData" (set $known $name $data) }}
+{{- end }}
+{{- get (get $root "secretData") $name | toJson }}
+{{- end }}
+
+{{- /* Ends Helm before a pod starts with a password that is as good as none, or that a server of somebody else's never heard of.
+What renders without a cluster sees no Secret. */}}
+{{- define "lawnwatch.refusePasswords" -}}
+{{- $outside := dict "mysql" (.Values.mysql.enabled | ternary "" "mysql") "store" (.Values.minio.enabled | ternary "" "minio") }}
 {{- $known := list "" "admin" "changeme" "changethis" "change-me" "default" "minioadmin" "password" "root" "secret" "test" }}
 {{- range $part, $keys := include "lawnwatch.passwords" . | fromJson }}
-{{- if and (eq $.Values.secrets.create "none") (not (index $.Values.secrets $part)) }}
+{{- if not (index $.Values.secrets $part) }}
+{{- if get $outside $part }}
+{{- fail (printf "secrets.%s is empty: with %s.enabled=false it names the Secret with the passwords that its users have, under the keys %s; none can be made up here" $part (get $outside $part) (join ", " $keys)) }}
+{{- else if eq $.Values.secrets.create "none" }}
 {{- fail (printf "secrets.%s is empty: with secrets.create=none it names the Secret with the keys %s; or let the chart make one with secrets.create=chart" $part (join ", " $keys)) }}
 {{- end }}
+{{- end }}
 {{- $name := include (printf "lawnwatch.%sSecret" $part) $ }}
-{{- range $key, $value := (lookup "v1" "Secret" $.Release.Namespace $name).data | default dict }}
+{{- range $key, $value := include "lawnwatch.secretData" (list $ $name) | fromJson }}
 {{- if and (has $key $keys) (ne $key "root-user") (has ($value | b64dec | trim | lower) $known) }}
 {{- fail (printf "Secret %s: %s is blank or well-known; choose one of your own" $name $key) }}
 {{- end }}
