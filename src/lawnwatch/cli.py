@@ -391,7 +391,7 @@ def snapshot_create(
         ),
     ] = 0.0,
 ) -> None:
-    """Freeze what is stored now as a snapshot. Exit code 99 when a snapshot already holds exactly that.
+    """Freeze what is stored now as a snapshot. Exit code 99 when the latest one already holds exactly that.
 
     An image keeps its split for life. Copies and resizings follow the image they resemble; other new images go to
     train or validation; copies that carry different labels, and images that resemble two splits, are quarantined.
@@ -399,7 +399,7 @@ def snapshot_create(
     from lawnwatch import dataset
 
     snapshot = dataset.create_snapshot(*opened(), new_to_test=new_to_test)
-    emit(snapshot.summary(), exit_code=0 if snapshot.created else NOTHING_TO_DO)
+    emit(snapshot.summary(), exit_code=0 if snapshot.created or snapshot.renewed else NOTHING_TO_DO)
 
 
 @snapshot_app.command("list", epilog="Example: lawnwatch snapshot list")

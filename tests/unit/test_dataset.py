@@ -527,6 +527,32 @@ def test_35_the_newest_snapshot_is_the_last_one_made_whatever_the_clock_says(
     assert dataset.load_snapshot(lawn.catalog, lawn.store, "latest").id == second.id
 
 
+def test_a_correction_taken_back_makes_the_snapshot_before_it_the_latest_again(
+    lawn: Lawn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lawn.fill(20)
+    url = str(lawn.record("g3.jpg").url)
+    right = lawn.snapshot()
+    objects = list(lawn.store.list("snapshots/"))
+    lawn.catalog.relabel(url, "dandelion")
+    mistaken = lawn.snapshot()
+    lawn.catalog.relabel(url, "grass")
+    monkeypatch.setattr(cli, "opened", lambda: (lawn.settings, lawn.catalog, lawn.store))
+    said = []
+    for code in (0, 99):
+        assert cli.app(["snapshot", "create"], standalone_mode=False) == code
+        said.append(json.loads(capsys.readouterr().out))
+        latest = dataset.load_snapshot(lawn.catalog, lawn.store)
+        assert (latest.id, latest.rows) == (right.id, right.rows), "training reads the corrected labels"
+    assert [(one["snapshot"], one["created"], one["renewed"]) for one in said] == [
+        (right.id, False, True),
+        (right.id, False, False),
+    ]
+    assert latest.created_at > mistaken.created_at > right.created_at
+    assert [each["snapshot"] for each in dataset.list_snapshots(lawn.catalog)] == [right.id, mistaken.id]
+    assert [info for info in lawn.store.list("snapshots/") if right.id in info.key] == objects, "written once"
+
+
 # --- pictures -------------------------------------------------------------------------------------------------------
 
 

@@ -56,6 +56,7 @@ class Snapshot:
         manifest_sha256: of the manifest in the store.
         made_by: program, commit and Airflow run that made it, and the share of new pictures it sent to the test split.
         created: False when it was there already.
+        renewed: True when it was there already and became the latest again.
     """
 
     id: str
@@ -68,6 +69,7 @@ class Snapshot:
     manifest_sha256: str = ""
     made_by: dict[str, Any] = field(default_factory=dict)
     created: bool = False
+    renewed: bool = False
 
     def split(self, name: str) -> list[Row]:
         """The rows of one split, in the snapshot's order."""
@@ -76,10 +78,11 @@ class Snapshot:
     def summary(self) -> dict[str, Any]:
         """The snapshot without its rows, with one sentence for people."""
         sizes = ", ".join(f"{sum(self.counts[split].values())} {split}" for split in SPLITS)
-        new = "New snapshot" if self.created else "Snapshot"
+        new = "New snapshot" if self.created else "Renewed snapshot" if self.renewed else "Snapshot"
         return {
             "snapshot": self.id,
             "created": self.created,
+            "renewed": self.renewed,
             "created_at": self.created_at.isoformat(),
             "images": len(self.rows),
             "classes": self.classes,
