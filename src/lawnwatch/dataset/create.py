@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -26,7 +27,8 @@ def create_snapshot(settings: Settings, catalog: Catalog, store: ObjectStore, *,
 
     The pictures are settled (see `settle`), those that resemble none before get their split, the manifest is written
     to the store, and only then the snapshot is recorded. The same stored images give the same snapshot, unchanged; when
-    others were made since, as after a correction that was taken back, it becomes the latest again.
+    others were made since, as after a correction that was taken back, it becomes the latest again, and when it is
+    damaged in the store, it is written again.
 
     Args:
         new_to_test: share of the pictures like none before that join the test split of a class that has one already.
@@ -54,7 +56,10 @@ def create_snapshot(settings: Settings, catalog: Catalog, store: ObjectStore, *,
         with catalog.session() as session:
             known = session.get(SnapshotRecord, snapshot.id)
             newest = session.scalar(sa.select(sa.func.max(SnapshotRecord.created_at)))
-        there = None if known is None else load_snapshot(catalog, store, snapshot.id)
+        there = None
+        if known is not None:
+            with suppress(IntegrityError):  # what is damaged in the store is written again
+                there = load_snapshot(catalog, store, snapshot.id)
         if there is not None and there.created_at == newest:
             return there
         _must_be_stored(store, usable)
@@ -64,7 +69,8 @@ def create_snapshot(settings: Settings, catalog: Catalog, store: ObjectStore, *,
         if there is not None:
             snapshot = replace(there, created_at=created_at, renewed=True)
         else:
-            snapshot = write_snapshot(store, replace(snapshot, created_at=created_at))
+            snapshot = replace(snapshot, created_at=created_at, created=known is None, renewed=known is not None)
+            snapshot = write_snapshot(store, snapshot)
         catalog.retried(partial(_announce, catalog, snapshot))
         return snapshot
 
