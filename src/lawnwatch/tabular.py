@@ -18,6 +18,8 @@ from lawnwatch.errors import InputError
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
 MAX_LINE = 1_000_000  # characters; a file without line ends must not fill the memory
+MAX_RECORD = 100  # lines of a CSV file that may be one row, where a column that nobody reads holds line ends
+OPEN_QUOTE = "a quote is not closed"
 PARQUET_BATCH = 5000
 
 
@@ -111,26 +113,60 @@ class CsvRows(_TextRows):
         self.position = 0
         hint = "The header must be `url,label`, separated by commas." if len(self.header) < 2 else ""
         _need_columns(file, self.header, hint=hint)
+        self.url, self.label = self.header.index("url"), self.header.index("label")
 
     def __iter__(self) -> Iterator[Row]:
-        url, label, width = self.header.index("url"), self.header.index("label"), len(self.header)
-        reader = csv.reader(self._lines())
-        next(reader)
-        while True:
-            line = reader.line_num + 1
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:  # such as a quote that is never closed
-                yield Row(line, "", "", f"not a row of CSV: {error}")
+        lines = self._lines()
+        header = csv.reader(lines)
+        next(header)
+        held: list[str] = []  # the lines of a row, more than one while a quote is open
+        first = header.line_num + 1  # the number of the first of them
+        for line in lines:
+            if held and (_too_long(held) or self._is_row(line)):
+                yield from self._each(first, held)
+                first, held = first + len(held), []
+            held.append(line)
+            row = self._row(first, held)
+            if row is not None and row.fault == OPEN_QUOTE:
                 continue
-            if len(cells) == width:
-                yield Row(line, cells[url], cells[label])
-            elif cells:  # an unquoted comma inside a URL must not shift the label
-                shown = dict(zip(self.header, cells, strict=False))
-                fault = f"{len(cells)} cells where the header has {width}"
-                yield Row(line, shown.get("url", ""), shown.get("label", ""), fault)
+            if row is not None and len(held) > 1 and (row.fault or "\n" in row.url + row.label):
+                yield from self._each(first, held)  # a stray quote must not take the rows after it along
+            elif row is not None:
+                yield row
+            first, held = first + len(held), []
+        yield from self._each(first, held)
+
+    def _row(self, number: int, lines: Sequence[str]) -> Row | None:
+        """The row that these lines are together; None when they are empty."""
+        reader = csv.reader([*lines, "\n"])
+        try:
+            cells = next(reader)
+        except csv.Error as error:
+            return Row(number, "", "", f"not a row of CSV: {error}")
+        open_quote = reader.line_num > len(lines)
+        if len(cells) == len(self.header) and not open_quote:
+            return Row(number, cells[self.url], cells[self.label])
+        if not cells:
+            return None
+        # An unquoted comma inside a URL must not shift the label.
+        fault = OPEN_QUOTE if open_quote else f"{len(cells)} cells where the header has {len(self.header)}"
+        shown = dict(zip(self.header, map(str.strip, cells), strict=False))
+        return Row(number, shown.get("url", ""), shown.get("label", ""), fault)
+
+    def _each(self, number: int, lines: Sequence[str]) -> Iterator[Row]:
+        """The rows that these lines are one by one, the first of them with this number."""
+        found = (self._row(at, [line]) for at, line in enumerate(lines, start=number))
+        return (row for row in found if row is not None)
+
+    def _is_row(self, line: str) -> bool:
+        """Whether a line after an open quote is a row by itself; one that closes a quote has an odd number of them."""
+        row = self._row(0, [line])
+        whole = row is not None and not row.fault and row.url.startswith(("http://", "https://"))
+        return whole and line.count('"') % 2 == 0
+
+
+def _too_long(lines: Sequence[str]) -> bool:
+    return len(lines) >= MAX_RECORD or sum(map(len, lines)) >= MAX_LINE
 
 
 class JsonRows(_TextRows):
