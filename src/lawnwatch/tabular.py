@@ -5,6 +5,7 @@ A row that cannot be read is a row with a fault, so that a reader goes on after 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import os
@@ -92,6 +93,8 @@ class _TextRows:
 
     def _lines(self) -> Iterator[str]:
         with self.file.open("rb") as raw:
+            if raw.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:  # the mark that some programs begin a file with
+                raw.seek(0)
             while line := raw.readline(MAX_LINE):
                 whole = line
                 while len(line) == MAX_LINE and not line.endswith(b"\n"):  # the rest of a line that is too long
@@ -107,7 +110,7 @@ class CsvRows(_TextRows):
     def __init__(self, file: Path) -> None:
         super().__init__(file)
         try:
-            self.header = next(csv.reader(line.removeprefix("\ufeff") for line in self._lines()), [])
+            self.header = next(csv.reader(self._lines()), [])
         except csv.Error as error:
             raise InputError(f"The first line of {file.name} is not a row of CSV: {error}.") from None
         self.position = 0
@@ -210,11 +213,28 @@ class ParquetRows:
     def __iter__(self) -> Iterator[Row]:
         try:
             for batch in self.parquet.iter_batches(batch_size=PARQUET_BATCH, columns=["url", "label"]):
-                for url, label in zip(batch["url"].to_pylist(), batch["label"].to_pylist(), strict=True):
+                for url, label in zip(_cells_of(batch["url"]), _cells_of(batch["label"]), strict=True):
                     self.done += 1
                     yield row_of(self.done, url, label)
         except self.faults as error:
             raise InputError(f"{self.file.name} cannot be read after row {self.done:,}: {error}.") from None
+
+
+def _cells_of(column: Any) -> list[object]:
+    """The cells of an Arrow array; those whose text is not UTF-8 are their bytes, which `row_of` finds at fault."""
+    try:
+        cells: list[object] = column.to_pylist()
+    except UnicodeDecodeError:
+        cells = [_cell_of(value) for value in column]
+    return cells
+
+
+def _cell_of(value: Any) -> object:
+    try:
+        cell: object = value.as_py()
+    except UnicodeDecodeError as error:
+        return error.object
+    return cell
 
 
 def _need_columns(file: Path, names: Sequence[str], *, hint: str = "") -> None:

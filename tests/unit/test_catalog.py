@@ -384,6 +384,35 @@ def test_cells_that_are_not_text(catalog: Catalog, tmp_path: Path) -> None:
     assert (report.added, report.rejected) == (1, 2)
 
 
+@pytest.mark.parametrize("column", ["string", "dictionary"])
+def test_a_cell_of_a_table_that_is_not_utf_8_costs_its_own_row_only(
+    catalog: Catalog, tmp_path: Path, column: str
+) -> None:
+    labels = [b"grass", b"gr\xffs", b"grass"]
+    text = pa.array(labels, pa.binary()).view(pa.string())  # as a program that does not look would write it
+    table = tmp_path / "a.parquet"
+    urls = [URL.format(n) for n in range(3)]
+    pq.write_table(
+        pa.table({"url": urls, "label": text.dictionary_encode() if column == "dictionary" else text}), table
+    )
+    report = catalog.import_file(table)
+    assert (report.added, report.rejected, catalog.status().by_label) == (2, 1, {"grass": 2})
+    ((line, url, reason),) = rejects(report)
+    assert (line, url) == (2, urls[1]) and "utf-8" in reason
+
+
+@pytest.mark.parametrize("name", ["bom.csv", "bom.jsonl"])
+def test_the_mark_that_some_programs_begin_a_file_with_is_passed_over(
+    catalog: Catalog, tmp_path: Path, name: str
+) -> None:
+    rows = "url,label\nhttps://a.example/1.jpg,grass\n"
+    if name.endswith(".jsonl"):
+        rows = json.dumps({"url": URL.format(1), "label": "grass"}) + "\n"
+    (tmp_path / name).write_text(rows, encoding="utf-8-sig")
+    report = catalog.import_file(tmp_path / name)
+    assert (report.added, report.rejected) == (1, 0)
+
+
 def test_a_quote_that_is_never_closed_and_a_line_that_never_ends(catalog: Catalog, tmp_path: Path) -> None:
     open_quote = tmp_path / "quote.csv"
     open_quote.write_text(f'url,label\n{URL.format(1)},grass\n"{URL.format(2)},grass\n' + "x" * 200_000)
