@@ -10,8 +10,8 @@
 4. **quality** looks for duplicates, contradicting labels and everything else that must not be trained on, and
    writes the quality report (the button *Report* beside the task). A failed check stops the run with the
    sentence that says what to do; `force` with a `reason` overrules it, and the report says so.
-5. **snapshot** freezes what is stored now, with the split of every picture. It is skipped when a snapshot
-   already holds exactly that; a new one starts `training_pipeline`.
+5. **snapshot** freezes what is stored now, with the split of every picture. It is skipped when the latest snapshot
+   already holds exactly that; a new one, or an older one that is the latest again, starts `training_pipeline`.
 
 Beside it, **prune** deletes predictions older than `LAWNWATCH_SERVING__RETENTION_DAYS`, with their pictures.
 

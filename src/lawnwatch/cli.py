@@ -391,7 +391,7 @@ def snapshot_create(
         ),
     ] = 0.0,
 ) -> None:
-    """Freeze what is stored now as a snapshot. Exit code 99 when a snapshot already holds exactly that.
+    """Freeze what is stored now as a snapshot. Exit code 99 when the latest one already holds exactly that.
 
     An image keeps its split for life. Copies and resizings follow the image they resemble; other new images go to
     train or validation; copies that carry different labels, and images that resemble two splits, are quarantined.
@@ -399,7 +399,7 @@ def snapshot_create(
     from lawnwatch import dataset
 
     snapshot = dataset.create_snapshot(*opened(), new_to_test=new_to_test)
-    emit(snapshot.summary(), exit_code=0 if snapshot.created else NOTHING_TO_DO)
+    emit(snapshot.summary(), exit_code=0 if snapshot.created or snapshot.renewed else NOTHING_TO_DO)
 
 
 @snapshot_app.command("list", epilog="Example: lawnwatch snapshot list")
@@ -830,6 +830,14 @@ def fail(error: LawnwatchError) -> int:
     return error.exit_code
 
 
+def fault(error: Exception) -> LawnwatchError:
+    """What no step foresaw: a fault of ours, but for an argument that is not text, which a database cannot take."""
+    odd = [word for word in sys.argv[1:] if word.encode(errors="ignore").decode() != word]
+    if isinstance(error, UnicodeEncodeError) and odd:
+        return InputError(f"An argument is not text in UTF-8; received {odd[0][:80]!r}.", hint="Write it in UTF-8.")
+    return LawnwatchError(f"A fault of ours: {type(error).__name__}: {error}.", hint=keep_traceback())
+
+
 def keep_traceback() -> str:
     """Write the current traceback to a file in home, or where that cannot be to a temporary one, and say where."""
     told = traceback.format_exc()
@@ -872,7 +880,7 @@ def main() -> None:
         code = int(end.code or 0)
     # The edge of the program: the traceback is for us, not for the user.
     except Exception as error:  # noqa: BLE001
-        code = fail(LawnwatchError(f"A fault of ours: {type(error).__name__}: {error}.", hint=keep_traceback()))
+        code = fail(fault(error))
     if code in (INTERRUPTED, TOLD_TO_STOP):
         progress("interrupted; run the same command again to go on where it stopped")
     sys.exit(code)

@@ -81,6 +81,8 @@ def make_engine(
 ) -> sa.Engine:
     """An engine whose connections are tested before use and give up in bounded time when the server is gone or frozen.
 
+    An error names the statement and not what it carried, such as a key's hash.
+
     Args:
         address: the database's URL; timeouts in its query overrule ours.
         setting: where the URL comes from, for messages.
@@ -97,7 +99,7 @@ def make_engine(
         ) from None
     if url.get_backend_name() == "sqlite":
         # Few statements are kept compiled: one over a batch of rows takes a megabyte, and each batch is another one.
-        engine = sa.create_engine(url, connect_args={"timeout": 30, "cached_statements": 16})
+        engine = sa.create_engine(url, hide_parameters=True, connect_args={"timeout": 30, "cached_statements": 16})
         sa.event.listen(engine, "connect", _prepare_sqlite)
         return engine
     if url.get_backend_name() not in ("mysql", "mariadb"):
@@ -113,6 +115,7 @@ def make_engine(
     wanted = {"connect_timeout": 5, "read_timeout": read_timeout, "write_timeout": read_timeout, "charset": "utf8mb4"}
     return sa.create_engine(
         url,
+        hide_parameters=True,
         pool_pre_ping=True,
         pool_recycle=1800,
         isolation_level="READ COMMITTED",

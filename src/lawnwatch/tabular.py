@@ -5,6 +5,7 @@ A row that cannot be read is a row with a fault, so that a reader goes on after 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import os
@@ -18,6 +19,8 @@ from lawnwatch.errors import InputError
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
 MAX_LINE = 1_000_000  # characters; a file without line ends must not fill the memory
+MAX_RECORD = 100  # lines of a CSV file that may be one row, where a column that nobody reads holds line ends
+OPEN_QUOTE = "a quote is not closed"
 PARQUET_BATCH = 5000
 
 
@@ -90,6 +93,8 @@ class _TextRows:
 
     def _lines(self) -> Iterator[str]:
         with self.file.open("rb") as raw:
+            if raw.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:  # the mark that some programs begin a file with
+                raw.seek(0)
             while line := raw.readline(MAX_LINE):
                 whole = line
                 while len(line) == MAX_LINE and not line.endswith(b"\n"):  # the rest of a line that is too long
@@ -105,32 +110,66 @@ class CsvRows(_TextRows):
     def __init__(self, file: Path) -> None:
         super().__init__(file)
         try:
-            self.header = next(csv.reader(line.removeprefix("\ufeff") for line in self._lines()), [])
+            self.header = next(csv.reader(self._lines()), [])
         except csv.Error as error:
             raise InputError(f"The first line of {file.name} is not a row of CSV: {error}.") from None
         self.position = 0
         hint = "The header must be `url,label`, separated by commas." if len(self.header) < 2 else ""
         _need_columns(file, self.header, hint=hint)
+        self.url, self.label = self.header.index("url"), self.header.index("label")
 
     def __iter__(self) -> Iterator[Row]:
-        url, label, width = self.header.index("url"), self.header.index("label"), len(self.header)
-        reader = csv.reader(self._lines())
-        next(reader)
-        while True:
-            line = reader.line_num + 1
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:  # such as a quote that is never closed
-                yield Row(line, "", "", f"not a row of CSV: {error}")
+        lines = self._lines()
+        header = csv.reader(lines)
+        next(header)
+        held: list[str] = []  # the lines of a row, more than one while a quote is open
+        first = header.line_num + 1  # the number of the first of them
+        for line in lines:
+            if held and (_too_long(held) or self._is_row(line)):
+                yield from self._each(first, held)
+                first, held = first + len(held), []
+            held.append(line)
+            row = self._row(first, held)
+            if row is not None and row.fault == OPEN_QUOTE:
                 continue
-            if len(cells) == width:
-                yield Row(line, cells[url], cells[label])
-            elif cells:  # an unquoted comma inside a URL must not shift the label
-                shown = dict(zip(self.header, cells, strict=False))
-                fault = f"{len(cells)} cells where the header has {width}"
-                yield Row(line, shown.get("url", ""), shown.get("label", ""), fault)
+            if row is not None and len(held) > 1 and (row.fault or "\n" in row.url + row.label):
+                yield from self._each(first, held)  # a stray quote must not take the rows after it along
+            elif row is not None:
+                yield row
+            first, held = first + len(held), []
+        yield from self._each(first, held)
+
+    def _row(self, number: int, lines: Sequence[str]) -> Row | None:
+        """The row that these lines are together; None when they are empty."""
+        reader = csv.reader([*lines, "\n"])
+        try:
+            cells = next(reader)
+        except csv.Error as error:
+            return Row(number, "", "", f"not a row of CSV: {error}")
+        open_quote = reader.line_num > len(lines)
+        if len(cells) == len(self.header) and not open_quote:
+            return Row(number, cells[self.url], cells[self.label])
+        if not cells:
+            return None
+        # An unquoted comma inside a URL must not shift the label.
+        fault = OPEN_QUOTE if open_quote else f"{len(cells)} cells where the header has {len(self.header)}"
+        shown = dict(zip(self.header, map(str.strip, cells), strict=False))
+        return Row(number, shown.get("url", ""), shown.get("label", ""), fault)
+
+    def _each(self, number: int, lines: Sequence[str]) -> Iterator[Row]:
+        """The rows that these lines are one by one, the first of them with this number."""
+        found = (self._row(at, [line]) for at, line in enumerate(lines, start=number))
+        return (row for row in found if row is not None)
+
+    def _is_row(self, line: str) -> bool:
+        """Whether a line after an open quote is a row by itself; one that closes a quote has an odd number of them."""
+        row = self._row(0, [line])
+        whole = row is not None and not row.fault and row.url.startswith(("http://", "https://"))
+        return whole and line.count('"') % 2 == 0
+
+
+def _too_long(lines: Sequence[str]) -> bool:
+    return len(lines) >= MAX_RECORD or sum(map(len, lines)) >= MAX_LINE
 
 
 class JsonRows(_TextRows):
@@ -174,11 +213,28 @@ class ParquetRows:
     def __iter__(self) -> Iterator[Row]:
         try:
             for batch in self.parquet.iter_batches(batch_size=PARQUET_BATCH, columns=["url", "label"]):
-                for url, label in zip(batch["url"].to_pylist(), batch["label"].to_pylist(), strict=True):
+                for url, label in zip(_cells_of(batch["url"]), _cells_of(batch["label"]), strict=True):
                     self.done += 1
                     yield row_of(self.done, url, label)
         except self.faults as error:
             raise InputError(f"{self.file.name} cannot be read after row {self.done:,}: {error}.") from None
+
+
+def _cells_of(column: Any) -> list[object]:
+    """The cells of an Arrow array; those whose text is not UTF-8 are their bytes, which `row_of` finds at fault."""
+    try:
+        cells: list[object] = column.to_pylist()
+    except UnicodeDecodeError:
+        cells = [_cell_of(value) for value in column]
+    return cells
+
+
+def _cell_of(value: Any) -> object:
+    try:
+        cell: object = value.as_py()
+    except UnicodeDecodeError as error:
+        return error.object
+    return cell
 
 
 def _need_columns(file: Path, names: Sequence[str], *, hint: str = "") -> None:

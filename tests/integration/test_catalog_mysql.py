@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from alembic import command
 
 from lawnwatch import catalog as catalog_module
+from lawnwatch import key_table
 from lawnwatch.catalog import Catalog, ImageRecord
 from lawnwatch.config import Settings
 from lawnwatch.database import MIGRATION_TIMEOUT, alembic_config, known_revisions
@@ -92,10 +93,20 @@ def test_a_migration_killed_before_its_note_runs_again_up_and_down(empty: Catalo
     assert empty.add("https://photos.example/1.jpg", "grass") == "added"
 
 
+def execute(catalog: Catalog, statement: str) -> list[Any]:
+    with catalog.engine.begin() as connection:
+        result = connection.exec_driver_sql(statement)
+        return list(result) if result.returns_rows else []
+
+
+@pytest.mark.parametrize("charset", ["utf8mb4", "latin1"])
 @pytest.mark.parametrize("revision", REVISIONS)
-def test_a_migration_killed_after_any_of_its_statements_goes_on(tmp_path: Path, mariadb: str, revision: str) -> None:
+def test_a_migration_killed_after_any_of_its_statements_goes_on(
+    tmp_path: Path, mariadb: str, revision: str, charset: str
+) -> None:
     """MySQL commits each DDL statement. It dies after the n-th, for every n, and goes on."""
     catalog = Catalog(Settings(home=tmp_path / "home", database_url=mariadb))
+    execute(catalog, f"ALTER DATABASE CHARACTER SET {charset}")
     at = REVISIONS.index(revision)
     if at:
         move(catalog, command.upgrade, REVISIONS[at - 1])
@@ -124,6 +135,41 @@ def test_a_migration_killed_after_any_of_its_statements_goes_on(tmp_path: Path, 
             catalog.engine.dispose()
     catalog.migrate()
     check(catalog)
+    assert character_sets(catalog) == {"utf8mb4"}
+
+
+def character_sets(catalog: Catalog) -> set[str]:
+    """Those of all columns and of the columns to come, but for Alembic's own table."""
+    mine = "table_schema = DATABASE() AND table_name <> 'alembic_version'"
+    columns = f"SELECT character_set_name FROM information_schema.columns WHERE {mine}"  # noqa: S608
+    tables = f"SELECT SUBSTRING_INDEX(table_collation, '_', 1) FROM information_schema.tables WHERE {mine}"  # noqa: S608
+    return {name for (name,) in execute(catalog, f"{columns} AND character_set_name IS NOT NULL UNION {tables}")}
+
+
+def test_a_database_of_western_letters_takes_any_letter_and_keeps_what_it_had(tmp_path: Path, mariadb: str) -> None:
+    catalog = Catalog(Settings(home=tmp_path / "home", database_url=mariadb))
+    execute(catalog, "ALTER DATABASE CHARACTER SET latin1")
+    move(catalog, command.upgrade, "0006")
+    assert character_sets(catalog) == {"latin1", "utf8mb4"}
+    western = key_table.create(catalog, "Löwenzahn", ["predict"])
+    with pytest.raises(sa.exc.DataError) as refused:
+        key_table.create(catalog, "蒲公英", ["predict"])
+    assert "INSERT INTO api_keys" in str(refused.value) and "predict" not in str(refused.value)
+    kinds = "SELECT table_name, column_name, column_type, is_nullable, collation_name FROM information_schema.columns"
+    kinds += " WHERE table_schema = DATABASE() ORDER BY 1, 2"
+    before = execute(catalog, kinds)
+    catalog.migrate()
+    assert character_sets(catalog) == {"utf8mb4"}
+    after = execute(catalog, kinds)
+    assert [row[:4] for row in after] == [row[:4] for row in before]
+    changed = {(was[4], now[4]) for was, now in zip(before, after, strict=True) if was != now}
+    assert changed == {("latin1_swedish_ci", "utf8mb4_unicode_ci")}, "labels and JSON still compare byte by byte"
+    key_table.create(catalog, "蒲公英", ["predict"])
+    assert [key.name for key in key_table.list_keys(catalog)] == [western.name, "蒲公英"]
+    check(catalog)
+    move(catalog, command.downgrade, "0006")
+    assert [key.name for key in key_table.list_keys(catalog)] == [western.name, "蒲公英"]
+    catalog.migrate()
 
 
 def test_an_interrupted_large_index_is_waited_for_longer_than_any_query(catalog: Catalog) -> None:

@@ -159,6 +159,20 @@ def test_33_two_at_once_make_one_snapshot(real: Lawn, undisturbed: Any) -> None:
     assert state(real) == undisturbed
 
 
+def test_a_correction_taken_back_on_mariadb(real: Lawn) -> None:
+    page = "https://photos.example/5.jpg"
+    right = real.snapshot()
+    real.catalog.relabel(page, "grass")
+    try:
+        mistaken = real.snapshot()
+    finally:
+        real.catalog.relabel(page, "dandelion")
+    again = real.snapshot()
+    assert (again.id, again.created, again.renewed) == (right.id, False, True) and mistaken.id != right.id
+    assert dataset.load_snapshot(real.catalog, real.store).id == right.id
+    assert not real.snapshot().renewed, "it is the latest now"
+
+
 def test_29_a_store_that_goes_away_leaves_no_snapshot(
     tmp_path: Path, mariadb: str, start_minio: Callable[[], Any], undisturbed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

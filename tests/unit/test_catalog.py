@@ -384,6 +384,35 @@ def test_cells_that_are_not_text(catalog: Catalog, tmp_path: Path) -> None:
     assert (report.added, report.rejected) == (1, 2)
 
 
+@pytest.mark.parametrize("column", ["string", "dictionary"])
+def test_a_cell_of_a_table_that_is_not_utf_8_costs_its_own_row_only(
+    catalog: Catalog, tmp_path: Path, column: str
+) -> None:
+    labels = [b"grass", b"gr\xffs", b"grass"]
+    text = pa.array(labels, pa.binary()).view(pa.string())  # as a program that does not look would write it
+    table = tmp_path / "a.parquet"
+    urls = [URL.format(n) for n in range(3)]
+    pq.write_table(
+        pa.table({"url": urls, "label": text.dictionary_encode() if column == "dictionary" else text}), table
+    )
+    report = catalog.import_file(table)
+    assert (report.added, report.rejected, catalog.status().by_label) == (2, 1, {"grass": 2})
+    ((line, url, reason),) = rejects(report)
+    assert (line, url) == (2, urls[1]) and "utf-8" in reason
+
+
+@pytest.mark.parametrize("name", ["bom.csv", "bom.jsonl"])
+def test_the_mark_that_some_programs_begin_a_file_with_is_passed_over(
+    catalog: Catalog, tmp_path: Path, name: str
+) -> None:
+    rows = "url,label\nhttps://a.example/1.jpg,grass\n"
+    if name.endswith(".jsonl"):
+        rows = json.dumps({"url": URL.format(1), "label": "grass"}) + "\n"
+    (tmp_path / name).write_text(rows, encoding="utf-8-sig")
+    report = catalog.import_file(tmp_path / name)
+    assert (report.added, report.rejected) == (1, 0)
+
+
 def test_a_quote_that_is_never_closed_and_a_line_that_never_ends(catalog: Catalog, tmp_path: Path) -> None:
     open_quote = tmp_path / "quote.csv"
     open_quote.write_text(f'url,label\n{URL.format(1)},grass\n"{URL.format(2)},grass\n' + "x" * 200_000)
@@ -395,6 +424,48 @@ def test_a_quote_that_is_never_closed_and_a_line_that_never_ends(catalog: Catalo
     report = catalog.import_file(endless)
     assert (report.added, report.rejected) == (1, 1)
     assert "2," not in Path(report.reject_file or "").read_text().splitlines()[1][:2]
+
+
+def rejects(report: catalog_module.ImportReport) -> list[tuple[int, str, str]]:
+    """Line, URL and reason of each rejected row."""
+    with Path(report.reject_file or "").open(newline="") as stream:
+        return [(int(row["line"]), row["url"], row["reason"]) for row in csv.DictReader(stream)]
+
+
+@pytest.mark.parametrize("odd", [(10,), (10, 310), (10, 11), (2999,)])
+def test_a_stray_quote_costs_its_own_row_only(catalog: Catalog, tmp_path: Path, odd: tuple[int, ...]) -> None:
+    file = tmp_path / "quotes.csv"
+    rows = [(URL.format(n), '"grass' if n in odd else '"grass, mown"' if n % 7 else "grass") for n in range(3000)]
+    file.write_text("url,label\n" + "\n".join(f"{url},{label}" for url, label in rows))
+    report = catalog.import_file(file)
+    assert (report.added, report.rejected) == (3000 - len(odd), len(odd))
+    assert rejects(report) == [(n + 2, URL.format(n), "a quote is not closed") for n in odd]
+
+
+def test_a_column_that_nobody_reads_may_hold_line_ends(catalog: Catalog, tmp_path: Path) -> None:
+    file = tmp_path / "notes.csv"
+    rows = [
+        [URL.format(1), "grass", 'mown\nand, as they say, "short"\n\ngreen'],
+        [URL.format(2) + "?a,b", "dandelion", ""],
+        [URL.format(3), "grass\nand moss", "no label has two lines"],
+        [URL.format(4), "grass", "one\r\ntwo"],
+    ]
+    with file.open("w", newline="") as stream:
+        csv.writer(stream).writerows([["url", "label", "note"], *rows])
+    report = catalog.import_file(file)
+    assert (report.added, catalog.status().by_label) == (3, {"dandelion": 1, "grass": 2})
+    assert [line for line, _, _ in rejects(report)] == [7, 8], "each line of the row that cannot be one"
+    with file.open("a") as stream:  # a quote that is open beside such a column
+        stream.write(f'{URL.format(5)},grass,"mown\n{URL.format(6)},grass,"short, green"\n{URL.format(7)},grass,\n')
+    report = catalog.import_file(file)
+    assert report.added == 2 and rejects(report)[-1] == (11, URL.format(5), "a quote is not closed")
+
+
+def test_lines_after_an_open_quote_are_not_kept_without_end(catalog: Catalog, tmp_path: Path) -> None:
+    file = tmp_path / "open.csv"
+    file.write_text(f'url,label\n{URL.format(1)},"grass\n' + '","\n' * 1000 + f"{URL.format(2)},grass\n")
+    report = catalog.import_file(file)
+    assert (report.added, report.rejected) == (1, 1001)
 
 
 @pytest.mark.parametrize("source", ["", "x" * 17, "a\nb"])

@@ -7,6 +7,7 @@ import io
 import json
 import os
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import combinations
@@ -227,6 +228,55 @@ def test_an_altered_manifest_is_refused(lawn: Lawn) -> None:
     lawn.store.put(f"snapshots/{snapshot.id}/snapshot.json", json.dumps(summary).encode())
     with pytest.raises(IntegrityError, match="does not give its id"):
         dataset.load_snapshot(lawn.catalog, lawn.store)
+
+
+DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes | None]]] = {
+    "summary cut off": ("snapshot.json", lambda data: data[:200]),
+    "summary not text": ("snapshot.json", lambda data: b"\xff" + data),
+    "summary of something else": ("snapshot.json", lambda _: b"[]"),
+    "summary without its hash": ("snapshot.json", lambda _: b"{}"),
+    "summary gone": ("snapshot.json", lambda _: None),
+    "manifest cut off": ("manifest.parquet", lambda data: data[:200]),
+    "manifest altered": ("manifest.parquet", lambda data: data[:200] + b"?" + data[201:]),
+    "manifest gone": ("manifest.parquet", lambda _: None),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_snapshot_is_said_with_exit_code_4_and_written_again(
+    lawn: Lawn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    lawn.fill(20)
+    snapshot = lawn.snapshot()
+    name, damaged = DAMAGE[damage]
+    key = f"snapshots/{snapshot.id}/{name}"
+    data = damaged(lawn.store.get(key))
+    if data is None:
+        lawn.store.delete(key)
+    else:
+        lawn.store.put(key, data)
+    with pytest.raises(IntegrityError) as caught:
+        dataset.load_snapshot(lawn.catalog, lawn.store)
+    assert snapshot.id[:12] in caught.value.message and "snapshot create" in caught.value.hint
+    monkeypatch.setattr(cli, "opened", lambda: (lawn.settings, lawn.catalog, lawn.store))
+    assert cli.app(["snapshot", "verify"], standalone_mode=False) == 4
+    assert "snapshot create" in json.loads(capsys.readouterr().out)["message"]
+    assert cli.app(["snapshot", "create"], standalone_mode=False) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["snapshot"], said["created"], said["renewed"]) == (snapshot.id, False, True)
+    assert dataset.load_snapshot(lawn.catalog, lawn.store).rows == snapshot.rows
+    assert cli.app(["snapshot", "verify"], standalone_mode=False) == 0
+
+
+def test_a_damaged_snapshot_whose_images_changed_since_makes_way_for_a_new_one(lawn: Lawn) -> None:
+    lawn.fill(20)
+    old = lawn.snapshot()
+    lawn.store.delete(f"snapshots/{old.id}/snapshot.json")
+    lawn.fill(5, first=100)
+    new = lawn.snapshot()
+    assert new.created and dataset.load_snapshot(lawn.catalog, lawn.store).id == new.id
+    with pytest.raises(IntegrityError):
+        dataset.load_snapshot(lawn.catalog, lawn.store, old.id)
 
 
 def test_snapshots_by_their_beginning(lawn: Lawn) -> None:
@@ -525,6 +575,32 @@ def test_35_the_newest_snapshot_is_the_last_one_made_whatever_the_clock_says(
     monkeypatch.setattr(create, "utc_now", lambda: datetime(2001, 1, 1, tzinfo=UTC))
     second = lawn.snapshot()
     assert dataset.load_snapshot(lawn.catalog, lawn.store, "latest").id == second.id
+
+
+def test_a_correction_taken_back_makes_the_snapshot_before_it_the_latest_again(
+    lawn: Lawn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lawn.fill(20)
+    url = str(lawn.record("g3.jpg").url)
+    right = lawn.snapshot()
+    objects = list(lawn.store.list("snapshots/"))
+    lawn.catalog.relabel(url, "dandelion")
+    mistaken = lawn.snapshot()
+    lawn.catalog.relabel(url, "grass")
+    monkeypatch.setattr(cli, "opened", lambda: (lawn.settings, lawn.catalog, lawn.store))
+    said = []
+    for code in (0, 99):
+        assert cli.app(["snapshot", "create"], standalone_mode=False) == code
+        said.append(json.loads(capsys.readouterr().out))
+        latest = dataset.load_snapshot(lawn.catalog, lawn.store)
+        assert (latest.id, latest.rows) == (right.id, right.rows), "training reads the corrected labels"
+    assert [(one["snapshot"], one["created"], one["renewed"]) for one in said] == [
+        (right.id, False, True),
+        (right.id, False, False),
+    ]
+    assert latest.created_at > mistaken.created_at > right.created_at
+    assert [each["snapshot"] for each in dataset.list_snapshots(lawn.catalog)] == [right.id, mistaken.id]
+    assert [info for info in lawn.store.list("snapshots/") if right.id in info.key] == objects, "written once"
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -25,7 +26,9 @@ def create_snapshot(settings: Settings, catalog: Catalog, store: ObjectStore, *,
     """Freeze what is stored now.
 
     The pictures are settled (see `settle`), those that resemble none before get their split, the manifest is written
-    to the store, and only then the snapshot is recorded. The same stored images give the same snapshot, unchanged.
+    to the store, and only then the snapshot is recorded. The same stored images give the same snapshot, unchanged; when
+    others were made since, as after a correction that was taken back, it becomes the latest again, and when it is
+    damaged in the store, it is written again.
 
     Args:
         new_to_test: share of the pictures like none before that join the test split of a class that has one already.
@@ -53,12 +56,21 @@ def create_snapshot(settings: Settings, catalog: Catalog, store: ObjectStore, *,
         with catalog.session() as session:
             known = session.get(SnapshotRecord, snapshot.id)
             newest = session.scalar(sa.select(sa.func.max(SnapshotRecord.created_at)))
+        there = None
         if known is not None:
-            return load_snapshot(catalog, store, snapshot.id)
-        if newest is not None:  # `latest` is the last one made, even by a machine whose clock is behind
-            snapshot = replace(snapshot, created_at=max(snapshot.created_at, newest + timedelta(microseconds=1)))
+            with suppress(IntegrityError):  # what is damaged in the store is written again
+                there = load_snapshot(catalog, store, snapshot.id)
+        if there is not None and there.created_at == newest:
+            return there
         _must_be_stored(store, usable)
-        snapshot = write_snapshot(store, snapshot)
+        created_at = snapshot.created_at
+        if newest is not None:  # `latest` is the last one made, even by a machine whose clock is behind
+            created_at = max(created_at, newest + timedelta(microseconds=1))
+        if there is not None:
+            snapshot = replace(there, created_at=created_at, renewed=True)
+        else:
+            snapshot = replace(snapshot, created_at=created_at, created=known is None, renewed=known is not None)
+            snapshot = write_snapshot(store, snapshot)
         catalog.retried(partial(_announce, catalog, snapshot))
         return snapshot
 

@@ -24,7 +24,10 @@ SPLITS = ("train", "validation", "test")
 FORMAT = 1
 MANIFEST_BATCH = 10_000
 LISTED = 20  # in a report
-ALTERED = "Restore the store from a backup, or make a new snapshot with `lawnwatch snapshot create`."
+DAMAGED = (
+    "Restore the store from a backup, or run `lawnwatch snapshot create`: it writes the snapshot again while the "
+    "stored images are still those of the snapshot, and else makes a new one."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ class Snapshot:
         manifest_sha256: of the manifest in the store.
         made_by: program, commit and Airflow run that made it, and the share of new pictures it sent to the test split.
         created: False when it was there already.
+        renewed: True when it was there already and became the latest again, or was damaged and written again.
     """
 
     id: str
@@ -68,6 +72,7 @@ class Snapshot:
     manifest_sha256: str = ""
     made_by: dict[str, Any] = field(default_factory=dict)
     created: bool = False
+    renewed: bool = False
 
     def split(self, name: str) -> list[Row]:
         """The rows of one split, in the snapshot's order."""
@@ -76,10 +81,11 @@ class Snapshot:
     def summary(self) -> dict[str, Any]:
         """The snapshot without its rows, with one sentence for people."""
         sizes = ", ".join(f"{sum(self.counts[split].values())} {split}" for split in SPLITS)
-        new = "New snapshot" if self.created else "Snapshot"
+        new = "New snapshot" if self.created else "Renewed snapshot" if self.renewed else "Snapshot"
         return {
             "snapshot": self.id,
             "created": self.created,
+            "renewed": self.renewed,
             "created_at": self.created_at.isoformat(),
             "images": len(self.rows),
             "classes": self.classes,
@@ -159,7 +165,7 @@ def load_snapshot(catalog: Catalog, store: ObjectStore, snapshot: str = "latest"
 
     Raises:
         NotFound: no such snapshot, or more than one that begins so.
-        IntegrityError: the manifest is not what the id says.
+        IntegrityError: it is recorded, but missing or damaged in the store, or not what its id says.
     """
     with catalog.session() as session:
         query = sa.select(SnapshotRecord).order_by(SnapshotRecord.created_at.desc()).limit(2)
@@ -173,14 +179,24 @@ def load_snapshot(catalog: Catalog, store: ObjectStore, snapshot: str = "latest"
             hint="`lawnwatch snapshot create` makes one, `lawnwatch snapshot list` lists them.",
         )
     record = found[0]
+    try:
+        return _read_snapshot(store, record)
+    except NotFound as error:
+        raise IntegrityError(f"Snapshot {record.id[:12]} is not whole: {error.message}", hint=DAMAGED) from error
+    except (ValueError, KeyError, TypeError) as error:  # cut off, or something else
+        message = f"What the store holds as snapshot {record.id[:12]} cannot be read ({type(error).__name__})."
+        raise IntegrityError(message, hint=DAMAGED) from error
+
+
+def _read_snapshot(store: ObjectStore, record: SnapshotRecord) -> Snapshot:
     prefix = f"snapshots/{record.id}"
     summary = json.loads(store.get(f"{prefix}/snapshot.json"))
     manifest = store.get(f"{prefix}/manifest.parquet")
     if hashlib.sha256(manifest).hexdigest() != summary["manifest_sha256"]:
-        raise IntegrityError(f"The manifest of snapshot {record.id[:12]} has been altered.", hint=ALTERED)
+        raise IntegrityError(f"The manifest of snapshot {record.id[:12]} has been altered.", hint=DAMAGED)
     rows = _read_manifest(manifest)
     if id_of(rows) != record.id:
-        raise IntegrityError(f"The manifest of snapshot {record.id[:12]} does not give its id.", hint=ALTERED)
+        raise IntegrityError(f"The manifest of snapshot {record.id[:12]} does not give its id.", hint=DAMAGED)
     return Snapshot(
         id=record.id,
         created_at=record.created_at,

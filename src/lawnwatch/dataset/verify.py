@@ -55,7 +55,7 @@ def verify_snapshot(
         found = load_snapshot(catalog, store, snapshot)
     except IntegrityError as error:
         faults.add("manifest", error.message)
-        return {"snapshot": snapshot, "ok": False, "faults": faults.found, "message": error.message}
+        return {"snapshot": snapshot, "ok": False, "faults": faults.found, "message": str(error)}
     progress(f"Verifying {len(found.rows):,} images of snapshot {found.id[:12]}.")
     _verify_rows(found, faults)
     thumbnails = _verify_objects(settings, store, found.rows, faults, pixels=pixels, progress=progress)

@@ -11,6 +11,9 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
+TABLE: dict[str, Any] = {"mysql_charset": "utf8mb4", "mysql_collate": "utf8mb4_unicode_ci", "mysql_engine": "InnoDB"}
+"""The options of every table; without them it takes the database's own character set, which may be a small one."""
+
 
 def create_index(name: str, table: str, *columns: str) -> None:
     """Create an index unless it is there; MySQL has no CREATE INDEX IF NOT EXISTS."""

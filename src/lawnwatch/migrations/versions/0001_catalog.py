@@ -1,12 +1,10 @@
 """Image records, labels and snapshots."""
 
-from typing import Any
-
 import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
 
-from lawnwatch.migrations import create_index
+from lawnwatch.migrations import TABLE, create_index
 
 revision = "0001"
 down_revision = None
@@ -15,7 +13,6 @@ depends_on = None
 
 MOMENT = sa.DateTime().with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
 NUMBER = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-TABLE: dict[str, Any] = {"mysql_charset": "utf8mb4", "mysql_collate": "utf8mb4_unicode_ci", "mysql_engine": "InnoDB"}
 
 
 def upgrade() -> None:
