@@ -3,12 +3,13 @@
 JPEG, PNG and WebP are read; everything else is refused whatever its name says. Size is decided from the header, before
 a pixel is decoded. EXIF orientation is honoured; CMYK becomes RGB; alpha lies on white; 16-bit grey is scaled; of an
 animation or a camera's multi-picture JPEG the first frame counts; a colour profile is not applied; a truncated file
-is refused.
+is refused, and one of so many scans, segments or chunks that no camera or program wrote it.
 """
 
 from __future__ import annotations
 
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -70,6 +71,23 @@ TURNS: dict[int, Callable[[Rgb], Rgb]] = {
 }
 TILE_PIXELS = 1_000_000  # converted to RGB at once: some modes take several copies on their way
 
+# What Pillow and libjpeg walk piece by piece. Real pictures have far less; one of 20 MB took half a minute.
+MAX_SEGMENTS = 1_000  # of a JPEG's header
+MAX_STRAY_BYTES = 65_536  # between those segments
+MAX_SCANS = 20  # of the largest picture allowed, in proportion more of a smaller one; encoders make about ten
+MAX_CHUNKS = 10_000  # of a PNG: encoders cut the pixels into pieces of 4 kB and more, or one for each row
+MAX_PACKED_CHUNKS = 256  # of a PNG, each of which may unpack to a megabyte
+SAVE_ANEW = "Save it anew with a picture program, and send that."
+
+JPEG_SIGNATURE, PNG_SIGNATURE = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+JPEG_SEGMENT = struct.Struct(">BBH")  # 0xFF, its kind, the length of what follows
+JPEG_MARKER = re.compile(rb"\xff[\x01-\xfe]")
+JPEG_BARE = {0x01, *range(0xD0, 0xDA)}  # kinds without a length
+JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+JPEG_SEQUENTIAL = {0xC0, 0xC1}
+JPEG_SCAN = 0xDA
+PNG_PACKED = {b"iCCP", b"zTXt", b"iTXt"}
+
 # A PNG of 64 kB may hold 64 MB of compressed remarks, which nobody reads here.
 PngImagePlugin.MAX_TEXT_MEMORY = 4 << 20
 # Pillow warns of every odd EXIF tag, and a hostile picture has thousands; `warnings` keeps each text for good.
@@ -92,7 +110,7 @@ def inspect(data: bytes, *, max_pixels: int, max_bytes: int | None = None) -> Im
     Raises:
         UnsupportedMedia: not JPEG, PNG or WebP.
         ImageTooLarge, TooManyPixels: more bytes, or pixels, than allowed.
-        ImageError: empty, or a header that is cut off.
+        ImageError: empty, a header that is cut off, or far too many scans, segments or chunks.
     """
     with _opened(data, max_pixels=max_pixels, max_bytes=max_bytes) as image:
         return _info(image, data)
@@ -138,14 +156,14 @@ def _opened(data: bytes, *, max_pixels: int, max_bytes: int | None) -> Iterator[
             f"The file has {len(data):,} bytes; at most {max_bytes:,} are allowed.",
             hint="Send a smaller picture.",
         )
+    if data.startswith(JPEG_SIGNATURE):
+        _check_jpeg(data, max_pixels)
+    elif data.startswith(PNG_SIGNATURE):
+        _check_png(data)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        if (
-            data[:3] == b"\xff\xd8\xff"
-            or data[:8] == b"\x89PNG\r\n\x1a\n"
-            or (data[:4], data[8:12]) == (b"RIFF", b"WEBP")
-        ):
+        if data.startswith((JPEG_SIGNATURE, PNG_SIGNATURE)) or (data[:4], data[8:12]) == (b"RIFF", b"WEBP"):
             raise ImageError("The picture's header is damaged or cut off.", hint="Send the whole file.") from None
         raise UnsupportedMedia(
             f"The file is not a JPEG, PNG or WebP picture; {_likely(data)}.",
@@ -173,6 +191,60 @@ def _opened(data: bytes, *, max_pixels: int, max_bytes: int | None) -> Iterator[
                 f"The picture cannot be decoded: {error}.",
                 hint="It is truncated or damaged; send the whole file.",
             ) from None
+
+
+def _check_jpeg(data: bytes, max_pixels: int) -> None:
+    """Refuse a JPEG that would cost far more than its bytes and pixels say. What is broken, its readers say."""
+    at, frame, stray = 2, 0, 0
+    for _ in range(MAX_SEGMENTS):
+        if len(data) < at + 4:
+            return
+        prefix, kind, length = JPEG_SEGMENT.unpack_from(data, at)
+        if prefix != 0xFF or kind in (0x00, 0xFF):
+            found = JPEG_MARKER.search(data, at, at + MAX_STRAY_BYTES + 3)
+            begin = found.start() if found else len(data)
+            stray, at = stray + begin - at, begin
+            if stray > MAX_STRAY_BYTES:
+                raise ImageError(
+                    f"The JPEG's header has more than {MAX_STRAY_BYTES:,} bytes between its segments.", hint=SAVE_ANEW
+                )
+        elif kind == JPEG_SCAN:
+            break
+        elif kind in JPEG_BARE:
+            at += 2
+        else:
+            frame = at if kind in JPEG_FRAMES else frame
+            at += 2 + max(2, length)
+    else:
+        raise ImageError(f"The JPEG's header has more than {MAX_SEGMENTS:,} segments.", hint=SAVE_ANEW)
+    if data[frame + 1] in JPEG_SEQUENTIAL and data[frame + 9 : frame + 10] == data[at + 4 : at + 5]:
+        return  # the first scan has all colours: libjpeg reads no other
+    height, width = int.from_bytes(data[frame + 5 : frame + 7]), int.from_bytes(data[frame + 7 : frame + 9])
+    allowed = MAX_SCANS * max_pixels // max(1, width * height)
+    # Each scan goes over all pixels, and may be ten bytes. Compressed pixels hold no marker; its length begins with 0.
+    scans = data.count(b"\xff\xda\0", at)
+    if scans > allowed >= MAX_SCANS:  # fewer: the picture is refused for its size
+        raise ImageError(
+            f"The JPEG has {scans:,} scans of {width} × {height} pixels; at most {allowed:,} are allowed of this size.",
+            hint=SAVE_ANEW,
+        )
+
+
+def _check_png(data: bytes) -> None:
+    """Refuse a PNG of very many chunks; what is broken, Pillow says."""
+    at, packed = len(PNG_SIGNATURE), 0
+    for _ in range(MAX_CHUNKS):
+        kind = data[at + 4 : at + 8]
+        if kind in (b"", b"IEND"):
+            return
+        packed += kind in PNG_PACKED
+        if packed > MAX_PACKED_CHUNKS:
+            raise ImageError(
+                f"The PNG has more than {MAX_PACKED_CHUNKS} packed remarks and profiles beside its pixels.",
+                hint=SAVE_ANEW,
+            )
+        at += 12 + int.from_bytes(data[at : at + 4])
+    raise ImageError(f"The PNG has more than {MAX_CHUNKS:,} chunks.", hint=SAVE_ANEW)
 
 
 def _likely(data: bytes) -> str:

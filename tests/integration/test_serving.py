@@ -262,6 +262,8 @@ def test_07_bombs_are_refused_before_they_are_decoded(api: Api) -> None:
     Image.new("L", (9000, 9000)).save(bomb, "PNG", compress_level=9)
     before = peak_memory(api)
     problem(api.predict(bomb.getvalue()), 422, "too_many_pixels")
+    segments = b"\xff\xd8" + b"\xff\xef\0\2" * 4_000_000
+    assert "more than 1,000 segments" in problem(api.predict(segments), 422, "corrupt")["detail"]
     assert peak_memory(api) - before < 50_000_000
     assert api.predict(sb.picture(sb.YELLOW, size=(1, 1), format="PNG")).status == 200
 
@@ -363,6 +365,9 @@ def test_11_forms_that_are_not_one_file(api: Api) -> None:
     assert "'photo'" in problem(api.predict(data, name="photo"), 422, "bad_upload")["detail"]
     for broken in (b"", b"--x1x--\r\n", b"--x1x\r\nContent-Disp", body[:-20], b"garbage"):
         assert api.ask("POST", "/predict", broken, {"Content-Type": content_type}).status == 422
+    padded = body[:-4] + b" " * 10_000_000  # the parser would walk it byte by byte, and nobody else be answered
+    answer = api.ask("POST", "/predict", padded, {"Content-Type": content_type})
+    assert "goes on" in problem(answer, 422, "bad_upload")["detail"]
     assert api.ask("POST", "/predict", body, {"Content-Type": "multipart/form-data"}).status == 422
     long_header = (
         b'--x1x\r\nContent-Disposition: form-data; name="file"\r\nX-Y: ' + b"a" * 20000 + b"\r\n\r\nz\r\n--x1x--\r\n"

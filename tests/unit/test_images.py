@@ -8,6 +8,7 @@ import random
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -370,6 +371,91 @@ def test_07_a_bomb_costs_no_memory_and_says_nothing(tmp_path: Path) -> None:
     assert costs.keys() == bombs.keys()
     assert max(costs.values()) < 50_000, f"kB: {costs}"
     assert ran.stderr == ""
+
+
+def with_scans(data: bytes, count: int) -> bytes:
+    """A progressive JPEG whose last scan is repeated until there are so many."""
+    begin = data.rindex(b"\xff\xda\0")
+    return data[:begin] + data[begin:-2] * (count - data.count(b"\xff\xda\0") + 1) + data[-2:]
+
+
+JPEG, PROGRESSIVE = saved(scene()), saved(scene(), progressive=True)
+REMARK = chunk(b"zTXt", b"a\0\0" + zlib.compress(b"remark"))
+
+
+def png_in_pieces(count: int, extra: bytes = b"") -> bytes:
+    """A PNG of so many chunks for its pixels, most of them empty, as some encoders' last one is."""
+    return png(8, 8, bytes(200), extra=extra + chunk(b"IDAT", b"") * (count - 1))
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (with_scans(PROGRESSIVE, 21), "21 scans of 160 × 120 pixels; at most 20 are allowed"),
+        (with_scans(PROGRESSIVE.replace(b"\xff\xc2", b"\xff\xc9"), 21), "21 scans"),
+        (with_scans(PROGRESSIVE.replace(b"\xff\xda\0", b"\xff\xff\xda\0"), 21), "21 scans"),
+        (JPEG[:2] + b"\xff\xef\0\2" * 1000 + JPEG[2:], "more than 1,000 segments"),
+        (JPEG[:2] + b"\xff\xd0" * 1000 + JPEG[2:], "more than 1,000 segments"),
+        (JPEG[:20] + b"\xff\0" * 33_000 + JPEG[20:], "more than 65,536 bytes between its segments"),
+        (JPEG[:20] + b"\xff" * 66_000 + JPEG[20:], "more than 65,536 bytes between its segments"),
+        (JPEG[:20] + b"\0" * 66_000, "more than 65,536 bytes between its segments"),
+        (JPEG[:2] + (b"\xff\xef\0\2" + b"\xff" * 999) * 70 + JPEG[2:], "more than 65,536 bytes between its segments"),
+        (png_in_pieces(10_000), "more than 10,000 chunks"),
+        (png(8, 8, bytes(200), extra=chunk(b"prVt", b"") * 10_000), "more than 10,000 chunks"),
+        (png(8, 8, bytes(200), extra=REMARK * 257), "more than 256 packed remarks and profiles"),
+    ],
+    ids=[
+        "scans", "scans of another coding", "scans after fill", "segments", "markers", "escapes", "fill", "zeros",
+        "fill here and there", "pieces", "chunks", "remarks",
+    ],
+)  # fmt: skip
+def test_07_what_would_be_dear_to_decode_is_refused_before(data: bytes, said: str) -> None:
+    for look in (images.inspect, images.decode):
+        with pytest.raises(ImageError, match=said) as caught:
+            look(data, max_pixels=20_000)
+        assert caught.value.code == "corrupt" and "Save it anew" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        with_scans(PROGRESSIVE, 20),
+        PROGRESSIVE + b"\xff\xda" * 50,
+        PROGRESSIVE[:2] + struct.pack(">BBH", 0xFF, 0xE1, 3 * len(PROGRESSIVE) + 2) + PROGRESSIVE * 3 + PROGRESSIVE[2:],
+        JPEG + PROGRESSIVE * 3,
+        JPEG[:2] + b"\xff\xef\0\2" * 900 + JPEG[2:],
+        JPEG[:20] + b"\xff" * 60_000 + JPEG[20:],
+        png_in_pieces(9_990),
+        png(8, 8, bytes(200), extra=REMARK * 256),
+        png(8, 8, bytes(200)) + bytes(200_000),
+    ],
+    ids=[
+        "scans", "film behind it", "previews before it", "pictures behind it", "segments", "fill", "pieces", "remarks",
+        "zeros behind it",
+    ],
+)  # fmt: skip
+def test_07_what_encoders_and_cameras_write_is_read(data: bytes) -> None:
+    assert images.decode(data, max_pixels=20_000).shape == (224, 224, 3)
+
+
+@pytest.mark.parametrize(
+    ("begin", "piece"),
+    [
+        (JPEG[:2], b"\xff\xef\0\2"),
+        (JPEG[:2], b"\xff"),
+        (JPEG[:20], b"\xff\0"),
+        (PROGRESSIVE[:-2], PROGRESSIVE[PROGRESSIVE.rindex(b"\xff\xda\0") :][:10]),
+        (png(8, 8, b"")[:33], chunk(b"prVt", b"")),
+        (png(8, 8, b"")[:33], chunk(b"zTXt", b"\0\0" + zlib.compress(bytes(1 << 20)))),
+    ],
+    ids=["segments", "fill", "escapes", "scans", "chunks", "remarks"],
+)
+def test_07_the_largest_file_of_many_pieces_costs_no_more_than_a_large_photo(begin: bytes, piece: bytes) -> None:
+    data = begin + piece * (20_000_000 // len(piece))
+    started = time.thread_time()
+    with pytest.raises(ImageError):
+        images.decode(data, max_pixels=CAP)
+    assert time.thread_time() - started < 1, "seconds of CPU"
 
 
 def test_07_too_many_bytes() -> None:
