@@ -38,7 +38,7 @@ from lawnwatch.registry import Verdict
 from lawnwatch.sketch import Sketch
 from lawnwatch.store import ObjectStore
 
-METHOD = "3"  # changes whenever the same run would be measured or judged differently
+METHOD = "4"  # changes whenever the same run would be measured or judged differently
 REFERENCE_IMAGES = 1000  # training pictures in the reference sketch
 ALTERED_IMAGES = 400  # test pictures that are asked again in each alteration
 TIMED_IMAGES = 20
@@ -289,9 +289,7 @@ def _measure(
     evaluation = measure.measure(probabilities, labels["test"], classes)
     accuracy = evaluation["metrics"]["accuracy"]
     progress(f"Test accuracy {accuracy['value']:.1%} (95 % interval {accuracy['low']:.1%} to {accuracy['high']:.1%}).")
-    if float(probabilities.std(axis=0).max()) < 1e-6 or len(set(probabilities.argmax(axis=1))) == 1:
-        said = classes[int(probabilities[0].argmax())]
-        raise UnusableModel(f"it answers {said!r} whatever the picture shows.")
+    must_vary(probabilities, classes)
     right = probabilities.argmax(axis=1) == labels["test"]
     strangeness = detector.scores(test.logits, test.embeddings)
     robust = _altered(settings, store, model, rows["test"][:ALTERED_IMAGES])
@@ -317,6 +315,7 @@ def _measure(
     }
     evidence = Evidence(
         labels=[row.label for row in rows["test"]],
+        classes=classes,
         right=right,
         losses=_losses(probabilities, labels["test"]),
         ece=evaluation["metrics"]["ece"],
@@ -326,6 +325,17 @@ def _measure(
         variant=_served_variant(model),
     )
     return evaluation, evidence, probabilities
+
+
+def must_vary(probabilities: NDArray[np.float64], classes: list[str]) -> None:
+    """Raises UnusableModel when (n, k) probabilities are the same for every picture.
+
+    A model that names one class only, by probabilities that differ, may have been shown few pictures of the other: what
+    that is worth is a question of recall, which the gate asks.
+    """
+    if len(probabilities) > 1 and float(probabilities.std(axis=0).max()) < 1e-6:
+        said = classes[int(probabilities[0].argmax())]
+        raise UnusableModel(f"it answers {said!r} whatever the picture shows.")
 
 
 def _served_variant(model: Model) -> gate.Reduced | None:
