@@ -291,7 +291,7 @@ def _measure(
     progress(f"Test accuracy {accuracy['value']:.1%} (95 % interval {accuracy['low']:.1%} to {accuracy['high']:.1%}).")
     must_vary(probabilities, classes)
     right = probabilities.argmax(axis=1) == labels["test"]
-    strangeness = detector.scores(test.logits, test.embeddings)
+    unknown = detector.scores(test.logits, test.embeddings) >= fitted.unknown.threshold
     robust = _altered(settings, store, model, rows["test"][:ALTERED_IMAGES])
     (took,) = _latency(settings, store, [graph], rows["test"][:TIMED_IMAGES])
     answers = {
@@ -302,7 +302,7 @@ def _measure(
     evaluation |= {
         "temperature": temperature,
         "unknown": fitted.unknown.model_dump(),
-        "called_unknown": measure.share(int((strangeness >= fitted.unknown.threshold).sum()), len(strangeness)),
+        "called_unknown": measure.share(int(unknown.sum()), len(unknown)),
         "unknown_comparison": fitted.comparison,
         "slices": measure.slices(right, _divisions(catalog, rows["test"], test)),
         "robustness": {
@@ -319,6 +319,7 @@ def _measure(
         right=right,
         losses=_losses(probabilities, labels["test"]),
         ece=evaluation["metrics"]["ece"],
+        unknown=unknown,
         robust=robust,
         latency_ms=took,
         model_bytes=len(model.data),

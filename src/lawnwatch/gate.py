@@ -70,6 +70,7 @@ class Evidence:
         classes: those it must tell apart; of one that no test image shows, nothing is known.
         losses: (n,) negative log of the calibrated probability of the truth.
         ece: expected calibration error with its 95 % interval: `value`, `low`, `high`.
+        unknown: (n,) which images it called unknown.
         robust: alteration → (m,) which of the same first m images it answered right when they were altered so.
         latency_ms: median time of one inference; challenger and champion in turn on the same images.
         model_bytes: size of the model file.
@@ -81,6 +82,7 @@ class Evidence:
     classes: Sequence[str] = ()
     losses: Floats | None = None
     ece: dict[str, float] | None = None
+    unknown: Bools | None = None
     robust: dict[str, Bools] = field(default_factory=dict)
     latency_ms: float | None = None
     model_bytes: int | None = None
@@ -257,6 +259,11 @@ def floors(policy: GateSettings, model: Evidence) -> list[Check]:
     if model.ece is not None:
         said = f"Calibration error is {model.ece['value']:.3f} ({model.ece['low']:.3f} to {model.ece['high']:.3f})"
         checks.append(_at_most("calibration", said, model.ece["value"], model.ece["low"], policy.max_ece, "{:.2f}"))
+    if model.unknown is not None:
+        called, count = int(model.unknown.sum()), len(model.unknown)
+        low, high = wilson(called, count)
+        said = f"It calls {called / count:.1%} of the test images unknown ({low:.1%} to {high:.1%})"
+        checks.append(_at_most("unknown", said, called / count, low, policy.max_unknown, "{:.0%}"))
     if model.robust:
         worst = min(model.robust, key=lambda kind: float(model.robust[kind].mean()))
         hits, count = int(model.robust[worst].sum()), len(model.robust[worst])

@@ -208,6 +208,23 @@ def test_39_a_worse_challenger_is_rejected_and_never_a_version(champion: Road) -
     assert [one.version for one in registry.list_versions(champion.settings, champion.catalog)] == [1]
 
 
+def test_a_challenger_that_calls_everything_unknown_is_rejected(champion: Road) -> None:
+    """Its classes are as right as ever; nobody would be told them."""
+
+    def nothing_passes(folder: Path, _facts: dict[str, Any]) -> None:
+        calibration = json.loads((folder / "calibration.json").read_text())
+        calibration["unknown"]["threshold"] = -1e6
+        (folder / "calibration.json").write_text(json.dumps(calibration))
+
+    run_id = challenger(champion, reason="new data", change=nothing_passes)
+    verdict = judged(champion, run_id)
+    assert verdict.evaluation["called_unknown"]["value"] == 1.0
+    assert [one["name"] for one in verdict.checks if one["status"] != "passed"] == ["unknown"]
+    assert verdict.decision == "reject" and "calls 100.0% of the test images unknown" in verdict.reason
+    with pytest.raises(DataError, match="reject"):
+        registry.promote(champion.settings, champion.catalog, run_id)
+
+
 @pytest.mark.parametrize(
     ("edit", "words"),
     [

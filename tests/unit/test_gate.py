@@ -195,6 +195,8 @@ def test_a_class_too_small_to_show_anything_does_not_stop_the_rest() -> None:
     [
         ("calibration", {"ece": {"value": 0.3, "low": 0.2, "high": 0.4}}, "reject"),
         ("calibration", {"ece": {"value": 0.16, "low": 0.05, "high": 0.3}}, "inconclusive"),
+        ("unknown", {"unknown": np.ones(80, bool)}, "reject"),
+        ("unknown", {"unknown": np.arange(80) < 16}, "inconclusive"),
         ("robustness", {"robust": {"dark": np.arange(80) % 2 == 0}}, "inconclusive"),
         ("robustness", {"robust": {"dark": np.arange(80) % 4 == 0}}, "reject"),
         ("latency", {"latency_ms": 300.0}, "reject"),
@@ -208,6 +210,7 @@ def test_each_limit_stops_a_promotion_alone(name: str, worse: dict, decision: st
     measured = {
         "losses": np.full(80, 0.1),
         "ece": {"value": 0.02, "low": 0.01, "high": 0.05},
+        "unknown": np.arange(80) < 12,
         "robust": {"dark": np.ones(80, bool)},
         "latency_ms": 10.0,
         "model_bytes": 9_000_000,
