@@ -644,7 +644,7 @@ def model_promote(
     try:
         emit(registry.promote(settings, catalog, run))
     except Conflict as lost:
-        progress(f"{lost.message} Judging the run again, against the new champion.")
+        progress(f"{lost.message} Judging the run again.")
     from lawnwatch import evaluate
 
     evaluate.run(settings, catalog, store, run, progress=progress)

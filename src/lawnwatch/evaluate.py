@@ -8,7 +8,6 @@ and in the store.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import statistics
@@ -38,7 +37,6 @@ from lawnwatch.registry import Verdict
 from lawnwatch.sketch import Sketch
 from lawnwatch.store import ObjectStore
 
-METHOD = "4"  # changes whenever the same run would be measured or judged differently
 REFERENCE_IMAGES = 1000  # training pictures in the reference sketch
 ALTERED_IMAGES = 400  # test pictures that are asked again in each alteration
 TIMED_IMAGES = 20
@@ -66,7 +64,7 @@ def run(settings: Settings, catalog: Catalog, store: ObjectStore, run_id: str, *
         IntegrityError: the run's artifacts are not what it recorded. Unavailable.
     """
     champion = registry.champion(settings, catalog)
-    policy = policy_of(settings.gate)
+    policy = registry.policy_of(settings.gate)
     if champion is not None and champion.run_id == run_id:
         recorded = registry.find_verdict(catalog, run_id)
     else:
@@ -143,11 +141,6 @@ def _disk() -> Iterator[None]:
             f"the evaluation cannot be written to {tempfile.gettempdir()}: {error.strerror}.",
             hint="Free disk space, or set TMPDIR to a place that has some, and run the step again.",
         ) from error
-
-
-def policy_of(policy: GateSettings) -> str:
-    """Hash of the policy and the method a verdict rests on."""
-    return hashlib.sha256(json.dumps([METHOD, policy.model_dump()], sort_keys=True).encode()).hexdigest()
 
 
 def report_key(run_id: str) -> str:

@@ -30,9 +30,11 @@ from sqlalchemy.exc import IntegrityError as DuplicateKey
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from lawnwatch.catalog import Base, Catalog
-from lawnwatch.config import Settings
+from lawnwatch.config import GateSettings, Settings
 from lawnwatch.database import UtcDateTime
 from lawnwatch.errors import Conflict, DataError, IntegrityError, NotFound, Unavailable
+
+METHOD = "4"  # changes whenever `evaluate` or `gate` would measure or judge the same run differently
 
 # --- tables -------------------------------------------------------------------------------------------------
 
@@ -378,6 +380,11 @@ def _described(run: Any, evaluation: dict[str, Any]) -> str:
 # --- verdicts -----------------------------------------------------------------------------------------------
 
 
+def policy_of(policy: GateSettings) -> str:
+    """Hash of the policy and the method a verdict rests on."""
+    return hashlib.sha256(json.dumps([METHOD, policy.model_dump()], sort_keys=True).encode()).hexdigest()
+
+
 def record_verdict(catalog: Catalog, verdict: Verdict) -> Verdict:
     """Store a verdict; the first one on the same question stays, and is returned."""
     try:
@@ -436,7 +443,7 @@ def promote(settings: Settings, catalog: Catalog, run_id: str) -> Promotion:
     Raises:
         NotFound: the run has no verdict.
         DataError: its verdict is not `promote`.
-        Conflict: the champion is no longer the one the verdict compared with.
+        Conflict: the champion or the policy is no longer that of the verdict.
         Unavailable: MLflow or the database does not answer; nothing was changed.
     """
     now = champion(settings, catalog)
@@ -446,7 +453,7 @@ def promote(settings: Settings, catalog: Catalog, run_id: str) -> Promotion:
         return Promotion(
             now.version, now.previous_version, run_id, False, f"Version {now.version} is champion already."
         )
-    verdict = _promotable(catalog, run_id, now)
+    verdict = _promotable(settings, catalog, run_id, now)
     with _locked_champion(settings, catalog, verdict.champion_version) as session:
         with tracking(settings) as client:
             version = _register(settings, client, verdict)
@@ -535,7 +542,7 @@ def _locked_champion(settings: Settings, catalog: Catalog, expected: int) -> Ite
 
 
 def _changed(said: str) -> Conflict:
-    return Conflict(f"{said}.", hint="Evaluate the run again: it will be compared with the champion of now.")
+    return Conflict(f"{said}.", hint="Evaluate the run again: the champion and the policy of now count.")
 
 
 def _crown(session: Session, settings: Settings, kind: str, version: int, verdict: Verdict) -> None:
@@ -562,25 +569,27 @@ def register(settings: Settings, catalog: Catalog, run_id: str) -> VersionInfo:
 
     Raises:
         NotFound: the run has no verdict. DataError: its verdict is not `promote`.
-        Conflict: the champion is no longer the one the verdict compared with. Unavailable.
+        Conflict: the champion or the policy is no longer that of the verdict. Unavailable.
     """
     now = champion(settings, catalog)
     if now is not None and now.run_id == run_id:
         return show(settings, catalog, now.version)
-    verdict = _promotable(catalog, run_id, now)
+    verdict = _promotable(settings, catalog, run_id, now)
     with tracking(settings) as client:
         version = _register(settings, client, verdict)
     return show(settings, catalog, version)
 
 
-def _promotable(catalog: Catalog, run_id: str, now: Champion | None) -> Verdict:
-    """The verdict on a run against the champion of now, if it says promote."""
-    version = now.version if now else 0
-    verdict = find_verdict(catalog, run_id, version)
-    if verdict is None and find_verdict(catalog, run_id) is None:
+def _promotable(settings: Settings, catalog: Catalog, run_id: str, now: Champion | None) -> Verdict:
+    """The verdict on a run against the champion and by the policy of now, if it says promote."""
+    version, any_verdict = now.version if now else 0, find_verdict(catalog, run_id)
+    if any_verdict is None:
         raise NotFound(f"run {run_id} has no verdict.", hint=f"Run `lawnwatch evaluate --run {run_id}` first.")
-    if verdict is None:
+    if find_verdict(catalog, run_id, version) is None:
         raise _changed(f"the verdict on run {run_id} compared with another champion than version {version}")
+    verdict = find_verdict(catalog, run_id, version, policy_of(settings.gate))
+    if verdict is None:
+        raise _changed(f"the verdict on run {run_id} was reached by another policy than that of now")
     if verdict.decision != "promote":
         raise DataError(
             f"run {run_id} is not promoted; its verdict is {verdict.decision}: {verdict.reason}",

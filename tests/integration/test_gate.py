@@ -296,6 +296,21 @@ def test_a_verdict_holds_only_against_the_champion_it_compared_with(champion: Ro
     assert registry.promote(settings, catalog, second).previous_version == 1
 
 
+def test_a_verdict_holds_only_under_the_policy_it_was_reached_by(road: Road) -> None:
+    loose, run_id = road.settings, road.result.run_id
+    strict = loose.model_copy(update={"gate": loose.gate.model_copy(update={"max_model_bytes": 1000})})
+    assert judged(road).decision == "promote"
+    for step in (registry.promote, registry.register):
+        with pytest.raises(Conflict, match="another policy"):
+            step(strict, road.catalog, run_id)
+    assert evaluate.run(strict, road.catalog, road.store, run_id, progress=quiet).decision == "reject"
+    for step in (registry.promote, registry.register):
+        with pytest.raises(DataError, match="its verdict is reject"):
+            step(strict, road.catalog, run_id)
+    assert registry.list_versions(strict, road.catalog) == []
+    assert registry.promote(loose, road.catalog, run_id).version == 1
+
+
 @pytest.mark.parametrize("database", ["embedded", "mariadb"])
 def test_34_of_two_promotions_at_once_one_wins_and_the_other_is_judged_again(
     road: Road, database: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -306,7 +321,7 @@ def test_34_of_two_promotions_at_once_one_wins_and_the_other_is_judged_again(
     assert [verdict.decision for verdict in verdicts] == ["promote", "promote"]
     if database == "mariadb":
         url = request.getfixturevalue("mariadb")
-        settings = Settings(home=settings.home, weights=settings.weights, database_url=url)
+        settings = Settings(home=settings.home, weights=settings.weights, gate=settings.gate, database_url=url)
         catalog = Catalog(settings)
         catalog.migrate()
         for verdict in verdicts:
