@@ -28,7 +28,7 @@ from lawnwatch.errors import Conflict, DataError, NotFound
 from lawnwatch.sketch import Sketch
 from lawnwatch.train.export import SMALL
 from processes import Server, answers, free_port
-from road import Road, challenger, quiet
+from road import Road, challenger, floor_variables, quiet
 
 pytestmark = pytest.mark.integration
 
@@ -294,6 +294,47 @@ def test_a_verdict_holds_only_against_the_champion_it_compared_with(champion: Ro
     judged(champion, second)  # the newest verdict on it is now the one against version 2
     registry.rollback(settings, catalog)
     assert registry.promote(settings, catalog, second).previous_version == 1
+
+
+def test_41_a_rollback_is_not_undone_by_the_next_scheduled_run(champion: Road, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data are still those of the model that was rolled back, and the verdict on it still says promote."""
+    settings, catalog, store = champion.settings, champion.catalog, champion.store
+    seeded = settings.model_copy(update={"train": settings.train.model_copy(update={"seed": 18})})
+    training = train.check(seeded, catalog, store).fingerprint
+    same, again = (
+        challenger(champion, reason=why, change=lambda _, facts: facts.update(fingerprint=training))
+        for why in ("new season", "trained once more")
+    )
+    verdicts = [judged(champion, run_id) for run_id in (same, again)]
+    assert verdicts[0].decision == "promote", verdicts[0].reason
+    assert registry.promote(settings, catalog, same).version == 2
+    registry.rollback(settings, catalog)
+
+    checked = train.check(seeded, catalog, store)
+    assert (checked.unchanged, checked.candidates) == (True, [])
+    assert "version 2 was rolled back" in checked.message and f"--run {same} --again" in checked.message
+    repeated = train.run(seeded, catalog, store, progress=quiet)
+    assert (repeated.run_id, repeated.unchanged) == (champion.result.run_id, True)
+    assert train.check(seeded, catalog, store, force=True, reason="asked for").candidates
+    for run_id in (same, again):
+        for step in (registry.promote, registry.register):
+            with pytest.raises(DataError, match="version 2 was rolled back"):
+                step(settings, catalog, run_id)
+    assert registry.champion(settings, catalog).run_id == champion.result.run_id  # type: ignore[union-attr]
+
+    for name, value in {"LAWNWATCH_HOME": str(settings.home), **floor_variables(settings.weights)}.items():
+        monkeypatch.setenv(name, value)
+    config.get_settings.cache_clear()
+    promote = ["model", "promote", "--run", same]
+    refused = CliRunner().invoke(cli.app, promote).exception
+    assert isinstance(refused, DataError) and f"--run {same} --again REASON" in refused.hint
+    wished = CliRunner().invoke(cli.app, [*promote, "--again", "the camera was at fault"])
+    assert wished.exit_code == 0, wished.output
+    assert json.loads(wished.stdout)["version"] == 2 and "the camera was at fault" in wished.stdout
+    assert registry.rolled_back(settings, catalog, training) is None
+    registry.rollback(settings, catalog)
+    registry.rollback(settings, catalog)  # a person took the rollback back
+    assert registry.rolled_back(settings, catalog, training) is None
 
 
 def test_a_verdict_holds_only_under_the_policy_it_was_reached_by(road: Road) -> None:
