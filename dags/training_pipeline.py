@@ -1,8 +1,8 @@
 """
 ### From a snapshot to a released model, if it has earned it
 
-1. **check** looks whether anything that training reads has changed. If not, **unchanged** says which
-   version stays.
+1. **check** looks whether anything that training reads has changed since the champion was trained, or since a model was
+   that was rolled back. If not, **unchanged** says which version stays.
 2. **snapshot** verifies the snapshot: every object has its SHA-256 and nothing leaks between the splits. Every later
    step uses this one, even when a newer one appears meanwhile.
 3. **candidate** runs once for each kind of model, side by side; what it learned goes to the store.

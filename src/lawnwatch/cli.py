@@ -636,24 +636,27 @@ def model_register(
 @model_app.command("promote", epilog="Example: lawnwatch model promote --run 3f2a…")
 def model_promote(
     run: Annotated[str, typer.Option(help="Id of the evaluated run; its verdict must say promote.")],
+    again: Annotated[
+        str, typer.Option(help="Why a model that was rolled back is promoted all the same; recorded.")
+    ] = "",
 ) -> None:
     """Register the run's model as a version and make it champion, if its verdict still holds."""
     from lawnwatch import registry
 
     settings, catalog, store = opened()
     try:
-        emit(registry.promote(settings, catalog, run))
+        emit(registry.promote(settings, catalog, run, again=again))
     except Conflict as lost:
-        progress(f"{lost.message} Judging the run again, against the new champion.")
+        progress(f"{lost.message} Judging the run again.")
     from lawnwatch import evaluate
 
     evaluate.run(settings, catalog, store, run, progress=progress)
-    emit(registry.promote(settings, catalog, run))
+    emit(registry.promote(settings, catalog, run, again=again))
 
 
 @model_app.command("rollback", epilog="Example: lawnwatch model rollback && lawnwatch rollout undo")
 def model_rollback() -> None:
-    """Make the previous champion champion again."""
+    """Make the previous champion champion again; the one that it replaces is not promoted again by itself."""
     from lawnwatch import registry
 
     settings, catalog, _ = opened()

@@ -138,6 +138,7 @@ class GateSettings(BaseModel):
         0.6, ge=0, le=1, description="Floor: accuracy on altered test images (JPEG, blur, dark, tilt, crop), each kind."
     )
     max_ece: float = Field(0.15, gt=0, le=1, description="Limit: expected calibration error.")
+    max_unknown: float = Field(0.15, ge=0, le=1, description="Limit: share of the test images called unknown.")
     max_latency_ms: float = Field(250.0, gt=0, description="Limit: median time of one inference, milliseconds.")
     max_model_bytes: int = Field(50_000_000, ge=1, description="Limit: size of the model file, bytes.")
     alpha: float = Field(

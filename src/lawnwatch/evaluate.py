@@ -8,7 +8,6 @@ and in the store.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import statistics
@@ -38,7 +37,6 @@ from lawnwatch.registry import Verdict
 from lawnwatch.sketch import Sketch
 from lawnwatch.store import ObjectStore
 
-METHOD = "3"  # changes whenever the same run would be measured or judged differently
 REFERENCE_IMAGES = 1000  # training pictures in the reference sketch
 ALTERED_IMAGES = 400  # test pictures that are asked again in each alteration
 TIMED_IMAGES = 20
@@ -66,7 +64,7 @@ def run(settings: Settings, catalog: Catalog, store: ObjectStore, run_id: str, *
         IntegrityError: the run's artifacts are not what it recorded. Unavailable.
     """
     champion = registry.champion(settings, catalog)
-    policy = policy_of(settings.gate)
+    policy = registry.policy_of(settings.gate)
     if champion is not None and champion.run_id == run_id:
         recorded = registry.find_verdict(catalog, run_id)
     else:
@@ -143,11 +141,6 @@ def _disk() -> Iterator[None]:
             f"the evaluation cannot be written to {tempfile.gettempdir()}: {error.strerror}.",
             hint="Free disk space, or set TMPDIR to a place that has some, and run the step again.",
         ) from error
-
-
-def policy_of(policy: GateSettings) -> str:
-    """Hash of the policy and the method a verdict rests on."""
-    return hashlib.sha256(json.dumps([METHOD, policy.model_dump()], sort_keys=True).encode()).hexdigest()
 
 
 def report_key(run_id: str) -> str:
@@ -289,11 +282,9 @@ def _measure(
     evaluation = measure.measure(probabilities, labels["test"], classes)
     accuracy = evaluation["metrics"]["accuracy"]
     progress(f"Test accuracy {accuracy['value']:.1%} (95 % interval {accuracy['low']:.1%} to {accuracy['high']:.1%}).")
-    if float(probabilities.std(axis=0).max()) < 1e-6 or len(set(probabilities.argmax(axis=1))) == 1:
-        said = classes[int(probabilities[0].argmax())]
-        raise UnusableModel(f"it answers {said!r} whatever the picture shows.")
+    must_vary(probabilities, classes)
     right = probabilities.argmax(axis=1) == labels["test"]
-    strangeness = detector.scores(test.logits, test.embeddings)
+    unknown = detector.scores(test.logits, test.embeddings) >= fitted.unknown.threshold
     robust = _altered(settings, store, model, rows["test"][:ALTERED_IMAGES])
     (took,) = _latency(settings, store, [graph], rows["test"][:TIMED_IMAGES])
     answers = {
@@ -304,7 +295,7 @@ def _measure(
     evaluation |= {
         "temperature": temperature,
         "unknown": fitted.unknown.model_dump(),
-        "called_unknown": measure.share(int((strangeness >= fitted.unknown.threshold).sum()), len(strangeness)),
+        "called_unknown": measure.share(int(unknown.sum()), len(unknown)),
         "unknown_comparison": fitted.comparison,
         "slices": measure.slices(right, _divisions(catalog, rows["test"], test)),
         "robustness": {
@@ -317,15 +308,28 @@ def _measure(
     }
     evidence = Evidence(
         labels=[row.label for row in rows["test"]],
+        classes=classes,
         right=right,
         losses=_losses(probabilities, labels["test"]),
         ece=evaluation["metrics"]["ece"],
+        unknown=unknown,
         robust=robust,
         latency_ms=took,
         model_bytes=len(model.data),
         variant=_served_variant(model),
     )
     return evaluation, evidence, probabilities
+
+
+def must_vary(probabilities: NDArray[np.float64], classes: list[str]) -> None:
+    """Raises UnusableModel when (n, k) probabilities are the same for every picture.
+
+    A model that names one class only, by probabilities that differ, may have been shown few pictures of the other: what
+    that is worth is a question of recall, which the gate asks.
+    """
+    if len(probabilities) > 1 and float(probabilities.std(axis=0).max()) < 1e-6:
+        said = classes[int(probabilities[0].argmax())]
+        raise UnusableModel(f"it answers {said!r} whatever the picture shows.")
 
 
 def _served_variant(model: Model) -> gate.Reduced | None:

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -30,9 +30,11 @@ from sqlalchemy.exc import IntegrityError as DuplicateKey
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from lawnwatch.catalog import Base, Catalog
-from lawnwatch.config import Settings
+from lawnwatch.config import GateSettings, Settings
 from lawnwatch.database import UtcDateTime
 from lawnwatch.errors import Conflict, DataError, IntegrityError, NotFound, Unavailable
+
+METHOD = "4"  # changes whenever `evaluate` or `gate` would measure or judge the same run differently
 
 # --- tables -------------------------------------------------------------------------------------------------
 
@@ -151,6 +153,20 @@ class Promotion:
     run_id: str
     changed: bool
     message: str
+
+
+@dataclass(frozen=True)
+class RolledBack:
+    """A version that was champion until a person went back to the one before it."""
+
+    version: int
+    run_id: str
+    at: datetime
+
+    @property
+    def sentence(self) -> str:
+        """What happened to it, for people."""
+        return f"version {self.version} was rolled back on {self.at:%Y-%m-%d}"
 
 
 @dataclass(frozen=True)
@@ -378,6 +394,11 @@ def _described(run: Any, evaluation: dict[str, Any]) -> str:
 # --- verdicts -----------------------------------------------------------------------------------------------
 
 
+def policy_of(policy: GateSettings) -> str:
+    """Hash of the policy and the method a verdict rests on."""
+    return hashlib.sha256(json.dumps([METHOD, policy.model_dump()], sort_keys=True).encode()).hexdigest()
+
+
 def record_verdict(catalog: Catalog, verdict: Verdict) -> Verdict:
     """Store a verdict; the first one on the same question stays, and is returned."""
     try:
@@ -428,15 +449,18 @@ def champion(settings: Settings, catalog: Catalog) -> Champion | None:
         return Champion(row.version, row.run_id, row.fingerprint, row.snapshot, row.previous_version)
 
 
-def promote(settings: Settings, catalog: Catalog, run_id: str) -> Promotion:
+def promote(settings: Settings, catalog: Catalog, run_id: str, *, again: str = "") -> Promotion:
     """Register a run's model as a version and make it champion, if its verdict says so and still holds.
 
     Doing it again changes nothing.
 
+    Args:
+        again: why a model that was rolled back is promoted all the same; recorded.
+
     Raises:
         NotFound: the run has no verdict.
-        DataError: its verdict is not `promote`.
-        Conflict: the champion is no longer the one the verdict compared with.
+        DataError: its verdict is not `promote`, or its model was rolled back.
+        Conflict: the champion or the policy is no longer that of the verdict.
         Unavailable: MLflow or the database does not answer; nothing was changed.
     """
     now = champion(settings, catalog)
@@ -446,7 +470,7 @@ def promote(settings: Settings, catalog: Catalog, run_id: str) -> Promotion:
         return Promotion(
             now.version, now.previous_version, run_id, False, f"Version {now.version} is champion already."
         )
-    verdict = _promotable(catalog, run_id, now)
+    verdict = _promotable(settings, catalog, run_id, now, again)
     with _locked_champion(settings, catalog, verdict.champion_version) as session:
         with tracking(settings) as client:
             version = _register(settings, client, verdict)
@@ -464,7 +488,7 @@ def promote(settings: Settings, catalog: Catalog, run_id: str) -> Promotion:
 
 
 def rollback(settings: Settings, catalog: Catalog) -> Promotion:
-    """Make the previous champion champion again; the rejected one becomes `previous`.
+    """Make the previous champion champion again; the rejected one becomes `previous`, and is not promoted by itself.
 
     Raises:
         NotFound: there is no previous champion.
@@ -497,6 +521,24 @@ def rollback(settings: Settings, catalog: Catalog) -> Promotion:
         with tracking(settings) as client:
             _set_aliases(settings, client, back, away)
     return Promotion(back, away, verdict.run_id, True, f"Version {back} is champion again in place of version {away}.")
+
+
+def rolled_back(settings: Settings, catalog: Catalog, fingerprint: str) -> RolledBack | None:
+    """How the model of a training was rolled back, if that is the last that became of it.
+
+    By the training, not by the run: done again, it gives the same model.
+    """
+    query = select(PromotionRow).where(PromotionRow.model_name == settings.model_name).order_by(PromotionRow.id)
+    with catalog.session() as session:
+        history = session.scalars(query).all()
+        made = {row.version: row.run_id for row in history if row.fingerprint == fingerprint}
+        found = None
+        for row in history:
+            if row.kind == "rollback" and row.previous_version in made:
+                found = RolledBack(row.previous_version, made[row.previous_version], row.created_at)
+            elif row.version in made:
+                found = None
+    return found
 
 
 @contextmanager
@@ -535,7 +577,7 @@ def _locked_champion(settings: Settings, catalog: Catalog, expected: int) -> Ite
 
 
 def _changed(said: str) -> Conflict:
-    return Conflict(f"{said}.", hint="Evaluate the run again: it will be compared with the champion of now.")
+    return Conflict(f"{said}.", hint="Evaluate the run again: the champion and the policy of now count.")
 
 
 def _crown(session: Session, settings: Settings, kind: str, version: int, verdict: Verdict) -> None:
@@ -561,31 +603,41 @@ def register(settings: Settings, catalog: Catalog, run_id: str) -> VersionInfo:
     """Register a run's model as a version with alias `challenger`; again returns the same version.
 
     Raises:
-        NotFound: the run has no verdict. DataError: its verdict is not `promote`.
-        Conflict: the champion is no longer the one the verdict compared with. Unavailable.
+        NotFound: the run has no verdict. DataError: its verdict is not `promote`, or its model was rolled back.
+        Conflict: the champion or the policy is no longer that of the verdict. Unavailable.
     """
     now = champion(settings, catalog)
     if now is not None and now.run_id == run_id:
         return show(settings, catalog, now.version)
-    verdict = _promotable(catalog, run_id, now)
+    verdict = _promotable(settings, catalog, run_id, now)
     with tracking(settings) as client:
         version = _register(settings, client, verdict)
     return show(settings, catalog, version)
 
 
-def _promotable(catalog: Catalog, run_id: str, now: Champion | None) -> Verdict:
-    """The verdict on a run against the champion of now, if it says promote."""
-    version = now.version if now else 0
-    verdict = find_verdict(catalog, run_id, version)
-    if verdict is None and find_verdict(catalog, run_id) is None:
+def _promotable(settings: Settings, catalog: Catalog, run_id: str, now: Champion | None, again: str = "") -> Verdict:
+    """The verdict on a run against the champion and by the policy of now, if it says promote."""
+    version, any_verdict = now.version if now else 0, find_verdict(catalog, run_id)
+    if any_verdict is None:
         raise NotFound(f"run {run_id} has no verdict.", hint=f"Run `lawnwatch evaluate --run {run_id}` first.")
-    if verdict is None:
+    back = rolled_back(settings, catalog, any_verdict.fingerprint)
+    if back is not None and not again:
+        raise DataError(
+            f"run {run_id} is not promoted: {back.sentence}, and this is the same training.",
+            hint=f"To promote it all the same: `lawnwatch model promote --run {run_id} --again REASON`.",
+        )
+    if find_verdict(catalog, run_id, version) is None:
         raise _changed(f"the verdict on run {run_id} compared with another champion than version {version}")
+    verdict = find_verdict(catalog, run_id, version, policy_of(settings.gate))
+    if verdict is None:
+        raise _changed(f"the verdict on run {run_id} was reached by another policy than that of now")
     if verdict.decision != "promote":
         raise DataError(
             f"run {run_id} is not promoted; its verdict is {verdict.decision}: {verdict.reason}",
             hint="The champion stays as it is.",
         )
+    if back is not None:
+        return replace(verdict, reason=f"{verdict.reason} Promoted although {back.sentence}: {again}.")
     return verdict
 
 

@@ -233,7 +233,7 @@ def test_32_a_promotion_killed_at_any_moment_leaves_the_old_champion_and_is_repe
     run_id = challenger(champion, reason="killed midway")
     assert evaluate.run(settings, catalog, champion.store, run_id, progress=quiet).decision == "promote"
     program = PROGRAM + MOMENTS[moment] + PROMOTE
-    given = settings.model_dump_json(include={"home"})
+    given = settings.model_dump_json(include={"home", "gate"})
     killed = subprocess.run([sys.executable, "-c", program, given, run_id], timeout=120, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     now = registry.champion(settings, catalog)

@@ -94,7 +94,14 @@ def test_the_interval_ends_about_where_the_exact_test_turns() -> None:
 
 @pytest.mark.parametrize(
     ("right", "n", "decision"),
-    [(78, 80, "promote"), (50, 80, "reject"), (40, 80, "reject"), (66, 80, "inconclusive"), (20, 20, "inconclusive")],
+    [
+        (78, 80, "promote"),
+        (50, 80, "reject"),
+        (40, 80, "reject"),
+        (66, 80, "inconclusive"),
+        (22, 30, "inconclusive"),  # below the floor of 75 %, but its upper bound is 86 %
+        (20, 20, "inconclusive"),
+    ],
 )
 def test_the_first_champion_needs_the_floors(right: int, n: int, decision: str) -> None:
     found = gate.decide(POLICY, alone(right, n))
@@ -104,6 +111,36 @@ def test_the_first_champion_needs_the_floors(right: int, n: int, decision: str) 
     if decision == "inconclusive":
         assert found.more_images is not None and found.more_images > 0
         assert f"about {found.more_images} more" in found.reason
+
+
+@pytest.mark.parametrize(("right", "decision"), [(66, "promote"), (58, "reject")])
+def test_the_images_that_the_floor_asks_for_tell(right: int, decision: str) -> None:
+    """Above the floor they show that it is reached, below it that it is not."""
+    found = gate.decide(POLICY, alone(right, 80))
+    assert found.decision == "inconclusive" and found.more_images
+    grown = 80 + found.more_images
+    assert gate.decide(POLICY, alone(round(right / 80 * grown), grown)).decision == decision
+
+
+def test_two_missed_pictures_of_a_rare_class_are_not_enough_to_reject() -> None:
+    rare = replace(alone(78, 80), labels=["rare"] * 2 + ["grass"] * 78)
+    found = gate.decide(POLICY, rare)
+    assert status(found)["recall of rare"] == "unsure" and found.decision == "inconclusive", found.reason
+    many = replace(alone(70, 80), labels=["rare"] * 10 + ["grass"] * 70)
+    assert status(gate.decide(POLICY, many))["recall of rare"] == "failed"
+
+
+def test_a_class_that_no_test_image_shows_is_not_taken_on_trust() -> None:
+    found = gate.decide(POLICY, replace(alone(78, 80), classes=["dandelion", "grass", "moss"]))
+    assert status(found)["recall of moss"] == "unsure" and found.decision == "inconclusive", found.reason
+    assert gate.decide(POLICY, replace(alone(78, 80), classes=["dandelion", "grass"])).decision == "promote"
+
+
+def test_an_answer_is_constant_by_its_probabilities_and_not_by_its_class() -> None:
+    varied = np.linspace(0.1, 0.4, 20)
+    evaluate.must_vary(np.stack([varied, 1 - varied], axis=1), ["dandelion", "grass"])
+    with pytest.raises(evaluate.UnusableModel, match="'grass' whatever the picture shows"):
+        evaluate.must_vary(np.tile([0.4, 0.6], (20, 1)), ["dandelion", "grass"])
 
 
 def test_no_test_images_is_no_decision() -> None:
@@ -158,6 +195,8 @@ def test_a_class_too_small_to_show_anything_does_not_stop_the_rest() -> None:
     [
         ("calibration", {"ece": {"value": 0.3, "low": 0.2, "high": 0.4}}, "reject"),
         ("calibration", {"ece": {"value": 0.16, "low": 0.05, "high": 0.3}}, "inconclusive"),
+        ("unknown", {"unknown": np.ones(80, bool)}, "reject"),
+        ("unknown", {"unknown": np.arange(80) < 16}, "inconclusive"),
         ("robustness", {"robust": {"dark": np.arange(80) % 2 == 0}}, "inconclusive"),
         ("robustness", {"robust": {"dark": np.arange(80) % 4 == 0}}, "reject"),
         ("latency", {"latency_ms": 300.0}, "reject"),
@@ -171,6 +210,7 @@ def test_each_limit_stops_a_promotion_alone(name: str, worse: dict, decision: st
     measured = {
         "losses": np.full(80, 0.1),
         "ece": {"value": 0.02, "low": 0.01, "high": 0.05},
+        "unknown": np.arange(80) < 12,
         "robust": {"dark": np.ones(80, bool)},
         "latency_ms": 10.0,
         "model_bytes": 9_000_000,

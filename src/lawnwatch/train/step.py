@@ -50,6 +50,8 @@ class Check:
     """Whether there is anything to train on.
 
     Attributes:
+        unchanged: nothing that training reads has changed since the champion was trained, or since a model was that was
+            rolled back.
         candidates: those that can be trained side by side, each as a step of its own; none when unchanged, or when
             this training was done before and waits for its verdict.
     """
@@ -89,7 +91,7 @@ class TrainResult:
         run_id: the MLflow run that holds the model; the champion's own when unchanged.
         candidates: every candidate's name and validation figures.
         best: the candidate that was exported.
-        unchanged: nothing that training reads has changed since the champion was trained.
+        unchanged: as in Check.
         recorded: this very training had been done before, and its run was returned.
     """
 
@@ -112,7 +114,8 @@ def check(
     force: bool = False,
     reason: str = "",
 ) -> Check:
-    """Whether anything that training reads has changed since the champion was trained. Trains nothing.
+    """Whether anything that training reads has changed since the champion was trained, or since a model was that was
+    rolled back. Trains nothing.
 
     Raises:
         NotFound: no such snapshot. SettingsError: the weights file is missing. Unavailable: MLflow does not answer.
@@ -131,7 +134,13 @@ def _check(settings: Settings, catalog: Catalog, snapshot: dataset.Snapshot, *, 
     champion = registry.champion(settings, catalog)
     version = champion.version if champion else 0
     same = champion is not None and champion.fingerprint == fingerprint
-    if same and not force:
+    back = None if same else registry.rolled_back(settings, catalog, fingerprint)
+    if back is not None and not force:
+        message = (
+            f"This training was done before: {back.sentence}. Champion stays v{version}; "
+            f"`lawnwatch model promote --run {back.run_id} --again REASON` would promote the other one all the same."
+        )
+    elif same and not force:
         message = f"Nothing that training reads has changed; champion is v{version}."
     elif same:
         message = f"Nothing has changed since champion v{version}; training all the same: {reason or 'forced'}."
@@ -139,7 +148,7 @@ def _check(settings: Settings, catalog: Catalog, snapshot: dataset.Snapshot, *, 
         message = f"Snapshot, settings or code differ from those of champion v{version}: there is something to train."
     else:
         message = "There is no champion yet: there is something to train."
-    unchanged = same and not force
+    unchanged = (same or back is not None) and not force
     apart = [] if unchanged else [name for name in _wanted(settings) if name != "small_input"]
     return Check(unchanged, snapshot.id, fingerprint, version, apart, message)
 
