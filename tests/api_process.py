@@ -19,6 +19,7 @@ from typing import Any
 
 from lawnwatch.config import Settings
 from lawnwatch.rollout import TARGET_KEY, ReleaseTarget
+from lawnwatch.serving.metrics import STALE_SECONDS
 from lawnwatch.store import ObjectStore, open_store
 
 LAUNCH = """
@@ -115,6 +116,7 @@ class Api:
         return self.ask("POST", "/predict", body, {"Content-Type": content_type, **headers})
 
     def metric(self, name: str) -> float:
+        time.sleep(STALE_SECONDS)  # so that what was told to whoever asked before is not told again
         for line in self.get("/metrics").body.decode().splitlines():
             if line.startswith(name + " "):
                 return float(line.rsplit(" ", 1)[1])

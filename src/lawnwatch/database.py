@@ -124,11 +124,17 @@ def make_engine(
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # SQLAlchemy begins transactions itself: BEGIN IMMEDIATE, so none fails midway
+    connection.isolation_level = None  # `_begin_sqlite` begins transactions
     # Half a megabyte of pages for each connection instead of two: the system has the file in memory, too.
     pragmas = ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "busy_timeout=30000", "cache_size=-512")
     for pragma in pragmas:
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    """A transaction that would write waits at its beginning, where that is free, and does not fail midway."""
+    reading = connection.get_execution_options().get("reading", False)  # see Database.reading
+    connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
 
 
 @contextmanager
@@ -200,8 +206,7 @@ class Database:
         if engine.dialect.name == "sqlite":
             if engine.url.database:
                 Path(engine.url.database).parent.mkdir(parents=True, exist_ok=True)
-            # A transaction that would write waits at its beginning, where that is free, and does not fail midway.
-            sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+            sa.event.listen(engine, "begin", _begin_sqlite)
         return engine
 
     @property
@@ -216,6 +221,16 @@ class Database:
             Unavailable: the server does not answer, or the transaction lost against another (try again).
         """
         with database_faults(), self.engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def reading(self) -> Iterator[sa.Connection]:
+        """A transaction that writes nothing: in SQLite it waits for no writer, and none waits for it.
+
+        Raises:
+            Unavailable: the server does not answer.
+        """
+        with database_faults(), self.engine.execution_options(reading=True).begin() as connection:
             yield connection
 
     def retried(self, work: Callable[[], T], *, patience: float = 20.0) -> T:

@@ -125,7 +125,7 @@ def list_predictions(
         query = query.where(_COLUMNS.confidence >= min_confidence)
     if max_confidence is not None:
         query = query.where(_COLUMNS.confidence <= max_confidence)
-    with database.transaction() as connection:
+    with database.reading() as connection:
         items = [_prediction(row) for row in connection.execute(query.limit(limit + 1))]
     more = len(items) > limit
     return PredictionPage(items[:limit], items[limit - 1].prediction_id if more else None)
@@ -140,7 +140,7 @@ def get_prediction(database: Database, prediction_id: str) -> Prediction:
         Unavailable: the database does not answer.
     """
     query = sa.select(PREDICTIONS).where(_COLUMNS.id == _checked(prediction_id))
-    with database.transaction() as connection:
+    with database.reading() as connection:
         row = connection.execute(query).one_or_none()
     if row is None:
         raise NotFound(f"No prediction {prediction_id}.", hint="GET /predictions lists them.")
@@ -213,7 +213,7 @@ def prune(
     )
     records = pictures = 0
     while True:
-        with database.transaction() as connection:
+        with database.reading() as connection:
             batch = connection.execute(old).all()
         if not batch:
             break

@@ -83,7 +83,7 @@ def revoke(database: Database, identity: str) -> Key:
 def list_keys(database: Database) -> list[Key]:
     """All keys, oldest first, revoked ones included. Raises Unavailable."""
     query = sa.select(KEYS).order_by(KEYS.c.created_at, KEYS.c.id)
-    with database.transaction() as connection:
+    with database.reading() as connection:
         return [_key(row) for row in connection.execute(query)]
 
 

@@ -11,9 +11,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from select import select
 
 import pytest
-from sqlalchemy import select
+import sqlalchemy as sa
 
 import serving_bundle as sb
 from api_process import Api, form, problem, wait_for
@@ -39,6 +40,13 @@ def posted(api: Api, data: bytes, source: str) -> int:
         return int(sock.recv(65536).split(b" ")[1])
 
 
+def question(api: Api, path: str, source: str = "127.0.0.1") -> socket.socket:
+    """A connection from this address of the loopback network on which a GET was sent."""
+    sock = socket.create_connection(("127.0.0.1", api.port), timeout=60, source_address=(source, 0))
+    sock.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    return sock
+
+
 def test_12_a_flood_from_one_client_does_not_starve_another(start: Callable[..., Api]) -> None:
     api = start(LAWNWATCH_SERVING__THREADS="1", LAWNWATCH_SERVING__QUEUE="6")
     large, small = sb.picture(sb.YELLOW, size=(4000, 3000)), sb.picture(sb.YELLOW)
@@ -61,6 +69,39 @@ def test_12_a_flood_from_one_client_does_not_starve_another(start: Callable[...,
     assert guest == [200] * 8
     assert set(flood) == {200, 503}
     assert api.metric('lawnwatch_predict_refused_total{reason="pushed_out"}') > 0
+
+
+@pytest.mark.parametrize("path", ["/openapi.json", "/metrics", "/health", "/predictions?limit=200"])
+def test_12_a_flood_of_questions_does_not_starve_who_sends_pictures(start: Callable[..., Api], path: str) -> None:
+    api = start()
+    data = sb.picture(sb.YELLOW)
+    stop = threading.Event()
+
+    def answers(seconds: float) -> int:
+        end, count = time.monotonic() + seconds, 0
+        while time.monotonic() < end:
+            assert posted(api, data, "127.0.0.3") == 200
+            count += 1
+        return count
+
+    def attack() -> None:
+        with socket.create_connection(("127.0.0.1", api.port), timeout=60, source_address=("127.0.0.2", 0)) as sock:
+            while not stop.is_set():
+                sock.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+                head, _, body = sock.recv(65536).partition(b"\r\n\r\n")
+                left = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0]) - len(body)
+                while left > 0:
+                    left -= len(sock.recv(65536))
+
+    answers(1)
+    calm = answers(3)
+    with ThreadPoolExecutor(32) as attackers:
+        flood = [attackers.submit(attack) for _ in range(32)]
+        time.sleep(2)  # what such a client has saved is gone
+        flooded = answers(3)
+        stop.set()
+    assert not any(each.exception() for each in flood)
+    assert flooded > 0.25 * calm, f"{flooded} of {calm}"
 
 
 def test_while_pictures_queue_the_event_loop_takes_no_core_from_the_threads(start: Callable[..., Api]) -> None:
@@ -166,13 +207,14 @@ def test_28_a_database_that_hangs_stops_neither_start_nor_answers_nor_the_end(st
 
 
 def test_28_questions_to_a_database_that_hangs_do_not_hide_the_metrics(start: Callable[..., Api]) -> None:
-    with silent_server() as port, ThreadPoolExecutor(80) as pool:
+    with silent_server() as port, contextlib.ExitStack() as held:
         api = start(LAWNWATCH_DATABASE_URL=f"mysql+pymysql://someone:of-our-own@127.0.0.1:{port}/nothing")
-        asked = [pool.submit(api.get, "/predictions") for _ in range(80)]  # twice as many as there are threads
+        # Twice as many as there are threads, of 40 clients: one alone has two of them.
+        asked = [held.enter_context(question(api, "/predictions", f"127.0.1.{n % 40 + 1}")) for n in range(80)]
         time.sleep(1)
         for path in ("/metrics", "/ready"):
             assert api.ask("GET", path, timeout=2).status == 200, path
-        assert not any(one.done() for one in asked[40:]), "the questions did not take all threads"
+        assert not select(asked, [], [], 0)[0], "the questions did not take all threads"
         api.stop(signal.SIGKILL)
 
 
@@ -206,7 +248,7 @@ def test_44_peers_that_stay_keep_no_record_from_being_written(start: Callable[..
         assert time.monotonic() - begun < 25
     assert "Traceback" not in api.log_text()
     with Catalog(api.settings).session() as session:
-        assert set(session.scalars(select(history.PREDICTIONS.c.id))) == made
+        assert set(session.scalars(sa.select(history.PREDICTIONS.c.id))) == made
 
 
 def test_46_many_of_the_largest_pictures_at_once_stay_within_bounded_memory(start: Callable[..., Api]) -> None:

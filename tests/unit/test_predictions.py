@@ -140,6 +140,16 @@ def test_questions_that_make_no_sense_are_refused(catalog: Catalog) -> None:
         get_prediction(catalog, predictions.new_id())
 
 
+def test_questions_wait_for_no_writer_and_no_writer_for_them(catalog: Catalog) -> None:
+    with catalog.transaction() as writing:
+        writing.execute(sa.insert(history.PREDICTIONS), [prediction().as_row()])
+        assert list_predictions(catalog).items == []
+        with catalog.reading() as reading:
+            assert reading.scalar(sa.select(sa.func.count()).select_from(history.PREDICTIONS)) == 0
+            writing.commit()
+    assert len(list_predictions(catalog).items) == 1
+
+
 def test_a_database_that_is_away_blocks_nobody_and_loses_nothing_that_fits(
     settings: Settings, catalog: Catalog, store: ObjectStore
 ) -> None:

@@ -21,6 +21,7 @@ from lawnwatch.serving.api import Api
 from lawnwatch.serving.clients import ClientMiddleware
 from lawnwatch.serving.envelope import Envelope
 from lawnwatch.serving.intake import intakes
+from lawnwatch.serving.questions import QuestionsMiddleware
 from lawnwatch.serving.routes import docs, history, predict, reports, state, v2
 from lawnwatch.serving.watcher import ModelWatcher
 
@@ -49,6 +50,7 @@ def create_app(settings: Settings, watcher: ModelWatcher | None = None) -> FastA
         description="What does the picture show? Every answer names the model version that made it; every error is a "
         "problem document (RFC 9457) with a stable `code`.",
         lifespan=lifespan,
+        openapi_url=None,  # it would write the document anew for each request
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,  # behind a proxy that ends TLS it would send people to http://
@@ -67,6 +69,7 @@ def _wrap(app: FastAPI, api: Api) -> None:
     """The middleware, innermost first: a request passes the last one first."""
     serving = api.settings.serving
     intake = intakes(serving)
+    app.add_middleware(QuestionsMiddleware, admission=api.admission)
     app.add_middleware(
         AdmissionMiddleware,
         admission=api.admission,

@@ -6,6 +6,7 @@ Whatever a client invents ends up as `other`, so the number of series does not d
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 
 from prometheus_client import (
@@ -35,7 +36,10 @@ REFUSALS = (
     "gone",
     "deadline",
     "key",
+    "questions",
 )
+
+STALE_SECONDS = 0.1  # writing all series takes some milliseconds, which somebody who asks in a loop would make many
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _SHARES = tuple(step / 20 for step in range(1, 20))
@@ -65,7 +69,7 @@ class Metrics:
             "lawnwatch_predict_stage_seconds", "Time in a stage.", ["stage"], buckets=_SECONDS, registry=on
         )
         self.refused = Counter(
-            "lawnwatch_predict_refused", "Predictions not begun, by reason.", ["reason"], registry=on
+            "lawnwatch_predict_refused", "Predictions and questions refused, by reason.", ["reason"], registry=on
         )
         self.failures = Counter("lawnwatch_predict_failures", "Pictures the model had no answer for.", registry=on)
         self.predictions = Counter(
@@ -91,14 +95,18 @@ class Metrics:
         self.stages = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
         for reason in REFUSALS:
             self.refused.labels(reason)
+        self._rendered, self._rendered_at = b"", float("-inf")
 
     def observe(self, families: Callable[[], Iterable[Metric]]) -> None:
         """Add series whose values are asked for at each scrape."""
         self.registry.register(_Asked(families))
 
     def render(self) -> bytes:
-        """The text exposition format."""
-        return generate_latest(self.registry)
+        """The text exposition format, at most STALE_SECONDS old."""
+        now = time.monotonic()
+        if now - self._rendered_at > STALE_SECONDS:
+            self._rendered, self._rendered_at = generate_latest(self.registry), now
+        return self._rendered
 
 
 class _Asked(Collector):

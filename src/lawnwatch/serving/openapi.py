@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from http import HTTPStatus
 from typing import Any
 
@@ -30,7 +31,7 @@ FAILURES: dict[int, dict[str, str]] = {
     502: {"fetch_failed": "The picture's host did not give it."},
     503: {
         "no_model": "No verified model is loaded yet.",
-        "overloaded": "Every place is taken; Retry-After says when to try again.",
+        "overloaded": "Every place is taken, or this client asks too often; Retry-After says when to try again.",
         "draining": "The server is ending; another takes over.",
         "unavailable": "The database or the store does not answer.",
     },
@@ -67,9 +68,10 @@ def json_body(kind: type[BaseModel]) -> dict[str, Any]:
 
 
 def complete(app: FastAPI) -> None:
-    """Let the app's document hold the problem's schema, and say which routes ask for a key."""
+    """Let the app's document hold the problem's schema, and say which routes ask for a key. All routes are there."""
     make = app.openapi
 
+    @cache
     def document() -> dict[str, Any]:
         made = make()
         parts = made.setdefault("components", {})

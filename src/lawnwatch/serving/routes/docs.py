@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from importlib.resources import files
 
@@ -36,8 +37,16 @@ def add(app: FastAPI) -> None:
     async def docs() -> Response:
         return HTMLResponse(PAGE)
 
+    @cache
+    def document() -> bytes:
+        return json.dumps(app.openapi(), ensure_ascii=False, separators=(",", ":")).encode()
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        return Response(document(), media_type="application/json")
+
     @app.get("/docs/{name}", include_in_schema=False)
-    def asset(name: str) -> Response:
+    async def asset(name: str) -> Response:
         if name == "start.js":
             return Response(START, media_type="text/javascript")
         if name not in MEDIA_TYPES:

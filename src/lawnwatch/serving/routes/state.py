@@ -8,8 +8,11 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from lawnwatch.release_target import TargetEntry
 from lawnwatch.serving import openapi, schemas
 from lawnwatch.serving.api import Api, named
+from lawnwatch.serving.metrics import STALE_SECONDS
+from lawnwatch.serving.watcher import Loaded, Rejection
 
 
 def add(app: FastAPI, api: Api) -> None:
@@ -37,6 +40,7 @@ def add(app: FastAPI, api: Api) -> None:
     @app.get(
         "/metrics",
         summary="Prometheus metrics",
+        description=f"Counted at most {STALE_SECONDS} s ago.",
         response_class=Response,
         responses={
             200: {
@@ -50,23 +54,32 @@ def add(app: FastAPI, api: Api) -> None:
     async def metrics() -> Response:  # not one of the threads that may all wait for the database
         return Response(api.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
+    known: tuple[object, ...] = ()  # of what `told` tells; without the model, for a replaced one is to go
+    told = b""
+
     @app.get(
         "/model/info",
         summary="What serves, where it came from and how good it is",
         response_model=schemas.ModelInfo,
-        responses=openapi.failures(),
+        responses=openapi.failures(503),
         tags=["model"],
     )
     async def model_info() -> Response:
-        return JSONResponse(_model_info(api))
+        nonlocal known, told
+        watcher = api.watcher
+        loaded, others = watcher.current, (watcher.target, watcher.rejected, watcher.reason)
+        now = (loaded.loaded_at if loaded else None, *others)
+        if now != known:
+            told, known = bytes(JSONResponse(_model_info(loaded, *others)).body), now
+        return Response(told, media_type="application/json")
 
 
-def _model_info(api: Api) -> dict[str, Any]:
-    watcher = api.watcher
-    loaded, target, rejected = watcher.current, watcher.target, watcher.rejected
+def _model_info(
+    loaded: Loaded | None, target: TargetEntry | None, rejected: Rejection | None, reason: str
+) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "state": "ready" if loaded else "no_model",
-        "reason": watcher.reason,
+        "reason": reason,
         "model": None,
         "classes": [],
         "samples": False,
