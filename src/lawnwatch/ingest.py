@@ -39,7 +39,7 @@ from lawnwatch.catalog import Catalog, ImageRecord, Label, worker_name
 from lawnwatch.config import Settings
 from lawnwatch.database import utc_now
 from lawnwatch.errors import BlockedSource, DataError, ImageError, LawnwatchError, Unavailable
-from lawnwatch.net import Fetched, Fetcher, FetchFailed, Refused
+from lawnwatch.net import Fetched, Fetcher, FetchFailed, Refused, unforeseen
 from lawnwatch.store import ObjectStore
 
 PROGRESS_SECONDS = 2.0
@@ -310,7 +310,7 @@ class _Run:
         try:
             async with fetcher.fetching(record.url) as fetched:
                 self.metrics.fetched(fetched)
-                values = await asyncio.get_running_loop().run_in_executor(self.workers, self._keep, fetched)
+                values = await asyncio.get_running_loop().run_in_executor(self.workers, self._keep, fetched, record.url)
         except BlockedSource as error:
             values = _bad("blocked", error.reason if isinstance(error, Refused) else error.code, error)
         except FetchFailed as error:
@@ -322,22 +322,37 @@ class _Run:
         if len(self.outcomes) >= RECORD_IMAGES:
             self.recordable.set()
 
-    def _keep(self, fetched: Fetched) -> dict[str, Any]:
+    def _keep(self, fetched: Fetched, url: str) -> dict[str, Any]:
         """Validate by decoding, then put under the SHA-256; runs in a thread."""
-        data = fetched.data
-        info, rgb = images.inspect_and_decode(data, max_pixels=self.settings.images.max_pixels)
-        sha256 = hashlib.sha256(data).hexdigest()
-        key = object_key(sha256, info.format)
+        try:
+            values = self._described(fetched)
+        except ImageError:
+            raise
+        except Exception as error:  # a fault of the store must end the run, one with a picture must not
+            raise unforeseen(error, url) from error
         # Put outright, not if absent: asking first costs a round trip for every image, and an object that rotted
         # under this key is mended on the way.
         patiently(
-            partial(self.store.put, key, data, content_type=images.MEDIA_TYPES[info.format], sha256=sha256),
+            partial(
+                self.store.put,
+                values["object_key"],
+                fetched.data,
+                content_type=images.MEDIA_TYPES[values["format"]],
+                sha256=values["sha256"],
+            ),
             self.stopping,
         )
+        return values
+
+    def _described(self, fetched: Fetched) -> dict[str, Any]:
+        """What the record says of a stored picture. Raises ImageError when it is none."""
+        data = fetched.data
+        info, rgb = images.inspect_and_decode(data, max_pixels=self.settings.images.max_pixels)
+        sha256 = hashlib.sha256(data).hexdigest()
         return {
             "state": "stored",
             "reason": None,
-            "object_key": key,
+            "object_key": object_key(sha256, info.format),
             "sha256": sha256,
             "phash": f"{images.phash(rgb):016x}",
             "width": info.width,
