@@ -335,6 +335,33 @@ def test_23_one_dead_host_of_many_holds_up_nobody(
     assert report.reasons["host_down"] >= 30 and report.reasons["http_500"] < 10
 
 
+def test_room_is_given_in_the_order_of_coming_and_never_twice() -> None:
+    room, order, at_once, most, lock = ingest.Room(10), [], 0, 0, threading.Lock()
+
+    def take(name: str, size: int) -> threading.Thread:
+        def taking() -> None:
+            nonlocal at_once, most
+            with room.taken(size):
+                with lock:
+                    order.append(name)
+                    at_once += min(size, 10)
+                    most = max(most, at_once)
+                time.sleep(0.05)
+                with lock:
+                    at_once -= min(size, 10)
+
+        thread = threading.Thread(target=taking)
+        thread.start()
+        time.sleep(0.01)  # so that the order of coming is known
+        return thread
+
+    threads = [take("first", 4), take("too large for what there is", 99), *(take(str(n), 3) for n in range(6))]
+    for thread in threads:
+        thread.join(10)
+    assert order[:2] == ["first", "too large for what there is"], "the small ones that came later do not overtake it"
+    assert len(order) == 8 and most == 10
+
+
 def test_the_plan_shares_the_pending_images(settings: Settings, catalog: Catalog) -> None:
     for number in range(10):
         catalog.add(f"{SITE}g{number}.jpg", "grass")
