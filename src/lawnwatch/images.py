@@ -14,7 +14,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import cv2
@@ -69,6 +69,7 @@ TURNS: dict[int, Callable[[Rgb], Rgb]] = {
     7: lambda rgb: rgb[::-1, ::-1].swapaxes(0, 1),
     8: lambda rgb: np.rot90(rgb),
 }
+_COSTS = {"WEBP": 2}  # libwebp decodes whole pictures only, and takes twice the memory for each pixel
 TILE_PIXELS = 1_000_000  # converted to RGB at once: some modes take several copies on their way
 
 # What Pillow and libjpeg walk piece by piece. Real pictures have far less; one of 20 MB took half a minute.
@@ -129,20 +130,30 @@ def decode(data: bytes, *, size: int | None = SIZE, max_pixels: int) -> Rgb:
 
 
 def inspect_and_decode(
-    data: bytes, *, size: int | None = SIZE, max_pixels: int, max_bytes: int | None = None
+    data: bytes,
+    *,
+    size: int | None = SIZE,
+    max_pixels: int,
+    max_bytes: int | None = None,
+    room: Callable[[int], AbstractContextManager[object]] = nullcontext,
 ) -> tuple[ImageInfo, Rgb]:
-    """`inspect` and `decode` with one look at the header; see there."""
+    """`inspect` and `decode` with one look at the header; see there.
+
+    Args:
+        room: entered with the picture's pixels, those of a WebP twice, while they are in memory; it may wait.
+    """
     with _opened(data, max_pixels=max_pixels, max_bytes=max_bytes) as image:
         info = _info(image, data)
-        if size is not None and info.format == "JPEG":
-            # draft may change the mode too; CMYK has no scaled RGB decode and is left as it is.
-            image.draft("RGB" if image.mode in ("RGB", "YCbCr") else image.mode, (size, size))
-        rgb = _upright(image)
-    if size is not None and rgb.shape[:2] != (size, size):
-        shrinks = rgb.shape[0] >= size and rgb.shape[1] >= size
-        rgb = cv2.resize(rgb, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR).astype(
-            np.uint8, copy=False
-        )
+        # All its pixels, even if a JPEG is shrunk: a progressive one is held whole meanwhile.
+        with room(info.width * info.height * _COSTS.get(info.format, 1)):
+            if size is not None and info.format == "JPEG":
+                # draft may change the mode too; CMYK has no scaled RGB decode and is left as it is.
+                image.draft("RGB" if image.mode in ("RGB", "YCbCr") else image.mode, (size, size))
+            rgb = _upright(image)
+            if size is not None and rgb.shape[:2] != (size, size):
+                shrinks = rgb.shape[0] >= size and rgb.shape[1] >= size
+                how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+                rgb = cv2.resize(rgb, (size, size), interpolation=how).astype(np.uint8, copy=False)
     return info, np.ascontiguousarray(rgb)
 
 
@@ -174,8 +185,7 @@ def _opened(data: bytes, *, max_pixels: int, max_bytes: int | None) -> Iterator[
     except FAULTS as error:
         raise ImageError(f"The picture's header is damaged: {error}.", hint="Send the whole file.") from None
     with image:
-        # libwebp decodes whole pictures only, and takes twice the memory for each pixel.
-        allowed = max_pixels // 2 if image.format == "WEBP" else max_pixels
+        allowed = max_pixels // _COSTS.get(str(image.format), 1)
         if image.width * image.height > allowed:
             raise TooManyPixels(
                 f"The picture has {image.width} × {image.height} pixels; at most {allowed:,} are allowed of a "

@@ -6,13 +6,15 @@ reason and does not stop the others. Bytes go to the store under their SHA-256 b
 that says `stored` always has its object.
 
 Memory is bounded whatever happens: at most `fetch.concurrency` bodies are alive, because the slot of a fetch is given
-back only when its bytes are in the store. When store or database are away, that is nobody's fault but ours: the work is
+back only when its bytes are in the store, and at most DECODED_PIXELS are being decoded, because a picture waits until
+there is room for its own. When store or database are away, that is nobody's fault but ours: the work is
 tried again for PATIENCE seconds, then the run ends as Unavailable and gives its claims back.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import fcntl
 import hashlib
 import itertools
@@ -39,7 +41,7 @@ from lawnwatch.catalog import Catalog, ImageRecord, Label, worker_name
 from lawnwatch.config import Settings
 from lawnwatch.database import utc_now
 from lawnwatch.errors import BlockedSource, DataError, ImageError, LawnwatchError, Unavailable
-from lawnwatch.net import Fetched, Fetcher, FetchFailed, Refused
+from lawnwatch.net import Fetched, Fetcher, FetchFailed, Refused, unforeseen
 from lawnwatch.store import ObjectStore
 
 PROGRESS_SECONDS = 2.0
@@ -47,6 +49,9 @@ RATE_SECONDS = 30.0  # the rate shown is that of so many last seconds
 RECORD_SECONDS = 0.5
 RECORD_IMAGES = 64
 LEASE_SECONDS = 120.0  # how long the claims of a worker that died on another machine are waited for
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+LARGE_BYTES = 1 << 20
+DECODED_PIXELS = 60_000_000  # decoded at once; a picture of 50 million takes 340 MB, and a fetch pod has 1 GiB
 CLAIM_AHEAD = 2  # images claimed and not waiting for their host, per slot
 CLAIM_WINDOW = 32  # images claimed in all, per slot: how far a busy or resting host's images are passed over
 PATIENCE = 60.0  # seconds that a store or database may be away before the run gives up
@@ -132,6 +137,7 @@ def run(
         KeyboardInterrupt: SIGINT or SIGTERM; what was finished is recorded, the rest is given back.
     """
     total = _pending(catalog, labels)
+    _hand_back_memory()
     ingest = _Run(settings, catalog, store, labels, limit, progress, min(total, limit) if limit else total)
     with interruptible() as interruption:
         return asyncio.run(interruption.heeded(ingest.whole()))
@@ -235,6 +241,7 @@ class _Run:
         # The database has threads of its own: a claim must not stand in line behind slow puts.
         self.workers = ThreadPoolExecutor(settings.fetch.concurrency, thread_name_prefix="ingest")
         self.database = ThreadPoolExecutor(2, thread_name_prefix="catalog")
+        self.room = Room(DECODED_PIXELS)
         self.started = time.monotonic()
         self.recent: deque[tuple[float, int]] = deque([(self.started, 0)])
 
@@ -310,7 +317,7 @@ class _Run:
         try:
             async with fetcher.fetching(record.url) as fetched:
                 self.metrics.fetched(fetched)
-                values = await asyncio.get_running_loop().run_in_executor(self.workers, self._keep, fetched)
+                values = await asyncio.get_running_loop().run_in_executor(self.workers, self._keep, fetched, record.url)
         except BlockedSource as error:
             values = _bad("blocked", error.reason if isinstance(error, Refused) else error.code, error)
         except FetchFailed as error:
@@ -322,22 +329,37 @@ class _Run:
         if len(self.outcomes) >= RECORD_IMAGES:
             self.recordable.set()
 
-    def _keep(self, fetched: Fetched) -> dict[str, Any]:
+    def _keep(self, fetched: Fetched, url: str) -> dict[str, Any]:
         """Validate by decoding, then put under the SHA-256; runs in a thread."""
-        data = fetched.data
-        info, rgb = images.inspect_and_decode(data, max_pixels=self.settings.images.max_pixels)
-        sha256 = hashlib.sha256(data).hexdigest()
-        key = object_key(sha256, info.format)
+        try:
+            values = self._described(fetched)
+        except ImageError:
+            raise
+        except Exception as error:  # a fault of the store must end the run, one with a picture must not
+            raise unforeseen(error, url) from error
         # Put outright, not if absent: asking first costs a round trip for every image, and an object that rotted
         # under this key is mended on the way.
         patiently(
-            partial(self.store.put, key, data, content_type=images.MEDIA_TYPES[info.format], sha256=sha256),
+            partial(
+                self.store.put,
+                values["object_key"],
+                fetched.data,
+                content_type=images.MEDIA_TYPES[values["format"]],
+                sha256=values["sha256"],
+            ),
             self.stopping,
         )
+        return values
+
+    def _described(self, fetched: Fetched) -> dict[str, Any]:
+        """What the record says of a stored picture. Raises ImageError when it is none."""
+        data = fetched.data
+        info, rgb = images.inspect_and_decode(data, max_pixels=self.settings.images.max_pixels, room=self.room.taken)
+        sha256 = hashlib.sha256(data).hexdigest()
         return {
             "state": "stored",
             "reason": None,
-            "object_key": key,
+            "object_key": object_key(sha256, info.format),
             "sha256": sha256,
             "phash": f"{images.phash(rgb):016x}",
             "width": info.width,
@@ -450,6 +472,46 @@ class _Run:
                 "LAWNWATCH_DATA__MAX_BAD_RATIO allows more.",
             )
         return report
+
+
+def _hand_back_memory() -> None:
+    """What is larger than a small photo goes back to the system at once; elsewhere than glibc: nothing.
+
+    Left alone, the heap of each thread keeps what its largest picture took.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
+
+
+class Room:
+    """What threads share by size, first come, first served, so that small ones cannot starve a large one.
+
+    Args:
+        size: what there is in all; who wants more than that gets all of it.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = self._free = size
+        self._line: deque[object] = deque()
+        self._moved = threading.Condition()
+
+    @contextmanager
+    def taken(self, wanted: int) -> Iterator[None]:
+        """Wait until there is room, and have it until the block ends."""
+        wanted, me = min(wanted, self._size), object()
+        with self._moved:
+            self._line.append(me)
+            self._moved.wait_for(lambda: self._line[0] is me and wanted <= self._free)
+            self._line.popleft()
+            self._free -= wanted
+            self._moved.notify_all()  # there may be room for the next one too
+        try:
+            yield
+        finally:
+            with self._moved:
+                self._free += wanted
+                self._moved.notify_all()
 
 
 def object_key(sha256: str, format_: str) -> str:

@@ -30,10 +30,11 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
+import h2.exceptions
 import httpcore
 import httpx
 
-from lawnwatch import __version__
+from lawnwatch import __version__, log
 from lawnwatch.config import FetchSettings
 from lawnwatch.errors import BlockedSource, ImageTooLarge, LawnwatchError
 
@@ -65,12 +66,16 @@ BACKOFF = 0.5  # seconds; the first retry waits up to twice that
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 # What a host does wrong as a whole; every other failure is that of one URL.
 HOST_FAULTS = frozenset({"connect", "connection", "timeout"})
+# What httpcore lets through while it reads: a broken TLS record is an OSError, a broken HTTP/2 frame h2's own.
+UNMAPPED = (OSError, h2.exceptions.H2Error)
 HEADERS = (
     (b"User-Agent", f"lawnwatch/{__version__}".encode()),
     (b"Accept", b"image/*"),
     (b"Accept-Encoding", b"identity"),
 )
 DRAIN_BYTES = 65_536  # the longest unwanted body that is read, so that its connection can be used again
+
+logger = log.get(__name__)
 
 
 class FetchFailed(LawnwatchError):
@@ -405,7 +410,12 @@ class Fetcher:
         Who works on the body inside the block has at most `concurrency` bodies in memory, and what is slow there slows
         the fetching.
         """
-        fetched = await self._tries(url, _conditions(etag, last_modified))
+        try:
+            fetched = await self._tries(url, _conditions(etag, last_modified))
+        except LawnwatchError:
+            raise
+        except Exception as error:
+            raise unforeseen(error, url) from error
         try:
             yield fetched
         finally:
@@ -439,8 +449,12 @@ class Fetcher:
         A hop gives back its slots before the next one waits for its host, so that hosts which redirect to each other
         cannot wait in a circle.
         """
+        secure = False
         for _ in range(self._settings.max_redirects + 1):
             target = checked_url(url, self._settings)
+            if secure and target.scheme == "http":
+                raise Refused("The source redirects from https to http.", reason="redirect_to_http")
+            secure = target.scheme == "https"
             async with self._turn(host_of(target)) as host:
                 done = False
                 try:
@@ -451,8 +465,6 @@ class Fetcher:
                         self._give_slot()
             if not isinstance(answer, str):
                 return answer
-            if urlsplit(url).scheme == "https" and urlsplit(answer).scheme == "http":
-                raise Refused("The source redirects from https to http.", reason="redirect_to_http")
             url = answer
         raise FetchFailed(
             f"More than {self._settings.max_redirects} redirects.", reason="too_many_redirects", permanent=True
@@ -472,7 +484,7 @@ class Fetcher:
                         host.answered()
                     if status in REDIRECTS and b"location" in headers:
                         await _drain(response, headers)
-                        return urljoin(url, _text(headers[b"location"]))
+                        return _joined(url, headers[b"location"])
                     if status == 304 and conditions:
                         raise NotModified("The source has nothing newer.")
                     if status != 200:
@@ -501,7 +513,7 @@ class Fetcher:
             raise FetchFailed(f"The source is too slow ({type(error).__name__}).", reason="timeout") from error
         except httpcore.ConnectError as error:
             raise FetchFailed(f"No connection: {error}.", reason="connect") from error
-        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.ProxyError) as error:
+        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.ProxyError, *UNMAPPED) as error:
             raise FetchFailed(f"The connection broke ({type(error).__name__}).", reason="connection") from error
 
     async def _body(self, response: httpcore.Response, headers: dict[bytes, bytes]) -> bytes:
@@ -575,13 +587,14 @@ def checked_url(url: str, settings: FetchSettings) -> httpx.URL:
     # One parser for the checks and for the request: where two differ, a host could pass under another's name.
     try:
         parsed = httpx.URL(url)
+        authority = urlsplit(url).netloc
     except (httpx.InvalidURL, UnicodeError, ValueError) as error:
         raise Refused(f"Not a URL that can be fetched: {error}.", reason="bad_url") from None
-    if parsed.scheme not in ("http", "https") or not parsed.host:
+    if parsed.scheme not in ("http", "https") or not parsed.raw_host:
         raise Refused(
             f"Only http and https are fetched; received {parsed.scheme[:20] or 'no scheme'!r}.", reason="scheme"
         )
-    if parsed.userinfo or "@" in urlsplit(url).netloc:
+    if parsed.userinfo or "@" in authority:
         raise Refused("A source URL must not hold a user or a password.", reason="user_info")
     odd_allowed = bool(settings.allow_cidrs) and 0 < (parsed.port or 80) < 65536
     if parsed.port is not None and parsed.port not in PORTS and not odd_allowed:
@@ -595,6 +608,20 @@ def checked_url(url: str, settings: FetchSettings) -> httpx.URL:
 def host_of(url: httpx.URL) -> str:
     """The host's one name: in ASCII, lower case, without the root's dot."""
     return url.raw_host.decode("ascii").lower().rstrip(".")
+
+
+def unforeseen(error: Exception, url: str) -> FetchFailed:
+    """A fault that nobody foresaw, as the failure of the one source that caused it; the log has the whole of it."""
+    logger.error("a source failed for a reason that is not its own; please report it", url=url, exc_info=error)
+    return FetchFailed(f"A fault of ours: {type(error).__name__}: {error}.", reason="internal")
+
+
+def _joined(url: str, location: bytes) -> str:
+    """Where a redirect leads. Raises Refused when that is no URL."""
+    try:
+        return urljoin(url, _text(location))
+    except ValueError as error:
+        raise Refused(f"The source redirects to what is not a URL: {error}.", reason="bad_url") from None
 
 
 def _conditions(etag: str | None, last_modified: str | None) -> list[tuple[bytes, bytes]]:

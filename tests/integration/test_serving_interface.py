@@ -162,6 +162,7 @@ def test_15_16_17_no_other_url_is_fetched(api: Api, web: str) -> None:
         "http://169.254.169.254/latest/meta-data", "http://0x7f000001/", "http://2130706433/", "http://①②⑦.0.0.2/",
         "//127.0.0.1/x", "not a url", "http://", "http://127.0.0.1\\@example.org/",
         f"{web}/go?{quote('http://169.254.169.254/')}", f"{web}/go?{quote('http://example.org/')}", f"{web}/go?file:/x",
+        f"{web}/go?{quote('http://[/x')}",
     ]  # fmt: skip
     for url in blocked:
         problem(by_url(api, url), 400, "blocked")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -44,6 +45,7 @@ class Web(http.server.ThreadingHTTPServer):
     def __init__(self) -> None:
         self.pages: dict[str, bytes | int] = {}
         self.asked: Counter[str] = Counter()
+        self.location = "/"
         self.hang_until: Callable[[], bool] = lambda: True
         self.hung_in_vain = 0
         self.patience = 20.0
@@ -66,6 +68,7 @@ class Page(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Content-Type", "image/jpeg")
         self.send_header("ETag", '"one"')
+        self.send_header("Location", self.server.location)
         self.end_headers()
         self.wfile.write(body)
 
@@ -152,6 +155,35 @@ def test_22_23_every_failure_is_a_recorded_reason_and_the_others_finish(
     assert report.reasons["http_404"] == 1 and sum(report.reasons.values()) == len(bad) + 2
     assert len(list(store.list())) == len(good)
     assert web.asked["/gone.jpg"] == 1 and web.asked["/down.jpg"] == settings.fetch.attempts
+
+
+def test_23_one_hostile_redirect_does_not_end_the_run(
+    settings: Settings, catalog: Catalog, store: LocalStore, web: Web
+) -> None:
+    publish(web, catalog, {"1.jpg": picture(1), "moved.jpg": 302, "2.jpg": picture(2)})
+    web.location = "http://[/x"
+    report = ingest.run(settings, catalog, store)
+    assert (report.stored, report.blocked, report.reasons) == (2, 1, {"bad_url": 1})
+
+
+def test_23_what_nobody_foresaw_of_one_picture_does_not_end_the_run(
+    settings: Settings, catalog: Catalog, store: LocalStore, web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library fails on one of the pictures, with an error that none of its others is."""
+    left, transform = [3], cv2.dct
+
+    def dct(*args: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise MemoryError("too much for the library")
+        return transform(*args)
+
+    monkeypatch.setattr(cv2, "dct", dct)
+    publish(web, catalog, {f"{number}.jpg": picture(number) for number in range(9)})
+    report = ingest.run(settings, catalog, store)
+    assert (report.stored, report.failed, report.reasons) == (8, 1, {"internal": 1})
+    (failed,) = catalog.select(state="failed")
+    assert failed.reason == "internal: A fault of ours: MemoryError: too much for the library."
 
 
 def test_23_too_many_bad_ones_fail_the_run_after_all_is_recorded(
@@ -249,6 +281,19 @@ def test_a_refusal_of_the_store_is_not_the_images_fault(
     assert catalog.status().by_state == {"pending": 1}
 
 
+def test_what_nobody_foresaw_of_the_store_ends_the_run_and_blames_no_image(
+    settings: Settings, catalog: Catalog, store: LocalStore, web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> ObjectInfo:
+        raise RuntimeError("nobody foresaw this")
+
+    publish(web, catalog, {"1.jpg": picture(1)})
+    monkeypatch.setattr(store, "put", broken)
+    with pytest.raises(RuntimeError, match="nobody foresaw this"):
+        ingest.run(settings, catalog, store)
+    assert catalog.status().by_state == {"pending": 1}
+
+
 def test_a_rotten_object_is_replaced_when_its_picture_is_fetched_again(
     settings: Settings, catalog: Catalog, store: LocalStore, web: Web
 ) -> None:
@@ -288,6 +333,33 @@ def test_23_one_dead_host_of_many_holds_up_nobody(
     assert (report.stored, report.failed) == (30, 40)
     assert web.hung_in_vain == 0, "a hanging request was answered only after all others were served"
     assert report.reasons["host_down"] >= 30 and report.reasons["http_500"] < 10
+
+
+def test_room_is_given_in_the_order_of_coming_and_never_twice() -> None:
+    room, order, at_once, most, lock = ingest.Room(10), [], 0, 0, threading.Lock()
+
+    def take(name: str, size: int) -> threading.Thread:
+        def taking() -> None:
+            nonlocal at_once, most
+            with room.taken(size):
+                with lock:
+                    order.append(name)
+                    at_once += min(size, 10)
+                    most = max(most, at_once)
+                time.sleep(0.05)
+                with lock:
+                    at_once -= min(size, 10)
+
+        thread = threading.Thread(target=taking)
+        thread.start()
+        time.sleep(0.01)  # so that the order of coming is known
+        return thread
+
+    threads = [take("first", 4), take("too large for what there is", 99), *(take(str(n), 3) for n in range(6))]
+    for thread in threads:
+        thread.join(10)
+    assert order[:2] == ["first", "too large for what there is"], "the small ones that came later do not overtake it"
+    assert len(order) == 8 and most == 10
 
 
 def test_the_plan_shares_the_pending_images(settings: Settings, catalog: Catalog) -> None:

@@ -288,6 +288,21 @@ async def test_17_a_redirect_to_a_private_address_is_refused(web: Web, monkeypat
             await fetch(f"http://public.example:{port}/a")
 
 
+@pytest.mark.parametrize("target", ["http://[/x", "http://[v1.x]/", "//a]b/", "http://\u2100.example/"])
+async def test_17_a_redirect_to_what_is_no_url_is_refused(web: Web, target: str) -> None:
+    web.pages["/a"] = answer(302, b"", Location=target.encode().decode("latin-1"))
+    with pytest.raises(Refused) as caught:
+        await fetch(f"{web.base}/a")
+    assert caught.value.reason == "bad_url"
+
+
+async def test_17_a_redirect_to_a_name_that_nobody_can_have_is_a_failure(web: Web) -> None:
+    web.pages["/a"] = answer(302, b"", Location="http://xn--a/b")
+    with pytest.raises(FetchFailed) as caught:
+        await fetch(f"{web.base}/a", attempts=1)
+    assert caught.value.reason == "connect"
+
+
 async def test_17_redirects_are_followed_relative_and_counted(web: Web) -> None:
     for hop in range(12):
         web.pages[f"/{hop}"] = answer(302, b"", Location=f"{hop + 1}")
@@ -490,6 +505,55 @@ async def test_21_resets_and_silence(web: Web) -> None:
         assert web.asked[path] == 3
 
 
+async def test_21_a_broken_tls_record_is_a_broken_connection(
+    certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The handshake is sound; what follows it cannot be decrypted."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        received, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+        channel = context.wrap_bio(received, sent, server_side=True)
+        shaking = True
+        while shaking:
+            try:
+                channel.do_handshake()
+                shaking = False
+            except ssl.SSLWantReadError:
+                writer.write(sent.read())
+                received.write(await reader.read(65_536))
+        writer.write(sent.read())
+        await reader.read(65_536)
+        writer.write(b"\x17\x03\x03\x00\x30" + bytes(48))
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    resolve(monkeypatch, {"secure.example": [["127.0.0.1"]]})
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+    with pytest.raises(FetchFailed) as caught:
+        await fetch(f"https://secure.example:{server.sockets[0].getsockname()[1]}/a", attempts=1)
+    server.close()
+    assert (caught.value.reason, caught.value.message) == ("connection", "The connection broke (SSLError).")
+
+
+class Unforeseen(httpcore.AsyncNetworkBackend):
+    """A network that fails as nobody foresaw."""
+
+    async def connect_tcp(self, *_: Any, **__: Any) -> httpcore.AsyncNetworkStream:
+        raise RuntimeError("nobody foresaw this")
+
+
+async def test_what_nobody_foresaw_is_a_failure_of_the_one_url() -> None:
+    async with Fetcher(settings(concurrency=1), backend=Unforeseen()) as fetcher:
+        for _ in range(2):
+            with pytest.raises(FetchFailed, match="RuntimeError: nobody foresaw this") as caught:
+                await fetcher.fetch("http://photos.example/a.jpg")
+    assert (caught.value.reason, caught.value.permanent) == ("internal", False)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
 async def test_21_a_drip_is_cut_at_the_total_deadline(web: Web) -> None:
     def drip(handler: http.server.BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
@@ -621,7 +685,7 @@ class Http2(asyncio.Protocol):
     at_once = 1
 
     def connection_made(self, transport: Any) -> None:
-        Http2.connections += 1
+        type(self).connections += 1
         self.transport = transport
         self.http = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
         self.http.initiate_connection()
@@ -638,6 +702,33 @@ class Http2(asyncio.Protocol):
                 connection.transport.write(connection.http.data_to_send())
             Http2.waiting.clear()
         self.transport.write(self.http.data_to_send())
+
+
+class BrokenHttp2(Http2):
+    """Begins an answer, and goes on with a frame that no stream may have."""
+
+    def data_received(self, data: bytes) -> None:
+        for event in self.http.receive_data(data):
+            if isinstance(event, h2.events.RequestReceived):
+                self.http.send_headers(event.stream_id, [(":status", "200")])
+                # DATA of stream 0, when the client has read the headers and waits for the body
+                asyncio.get_running_loop().call_later(0.2, self.transport.write, b"\0\0\1\0\0\0\0\0\0x")
+        self.transport.write(self.http.data_to_send())
+
+
+async def test_21_a_broken_http2_frame_is_a_broken_connection(
+    certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    context.set_alpn_protocols(["h2"])
+    server = await asyncio.get_running_loop().create_server(BrokenHttp2, "127.0.0.1", 0, ssl=context)
+    resolve(monkeypatch, {"secure.example": [["127.0.0.1"]]})
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+    with pytest.raises(FetchFailed) as caught:
+        await fetch(f"https://secure.example:{server.sockets[0].getsockname()[1]}/a", attempts=1)
+    server.close()
+    assert caught.value.reason == "connection"
 
 
 async def test_http2_carries_many_requests_on_one_connection(

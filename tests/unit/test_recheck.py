@@ -64,6 +64,7 @@ class Page(http.server.BaseHTTPRequestHandler):
         self.server.answered[status] += 1
         self.send_response(status)
         self.send_header("ETag", etag)
+        self.send_header("Location", "http://[/x")  # of a redirect
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -135,6 +136,16 @@ def test_what_became_of_the_sources(
     assert found["4.jpg"].etag, "what the source says of itself is kept for the next time"
     settings.fetch.allow_hosts = ["elsewhere.example"]
     assert recheck.run(settings, catalog, store).gone == 6, "a source that must not be asked is as good as gone"
+
+
+def test_23_one_hostile_redirect_does_not_end_the_recheck(
+    settings: Settings, catalog: Catalog, store: LocalStore, web: Web, stored: dict[str, bytes]
+) -> None:
+    web.pages["1.jpg"] = 302
+    report = recheck.run(settings, catalog, store)
+    assert (report.checked, report.same, report.gone_urls) == (6, 5, [SITE + "1.jpg"])
+    file_of(catalog, store, "1.jpg").unlink()
+    assert recheck.run(settings, catalog, store).lost_urls == [SITE + "1.jpg"]
 
 
 def test_rotten_and_missing_objects_are_put_back(
