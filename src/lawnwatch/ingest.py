@@ -65,7 +65,11 @@ T = TypeVar("T")
 
 @dataclass
 class IngestReport:
-    """What one run did, in images."""
+    """What one run did, in images.
+
+    Attributes:
+        worker_died: records that this run found to have killed worker after worker; they are `failed`, not claimed.
+    """
 
     claimed: int = 0
     stored: int = 0
@@ -73,6 +77,7 @@ class IngestReport:
     blocked: int = 0
     gone: int = 0
     failed: int = 0
+    worker_died: int = 0
     bytes: int = 0
     seconds: float = 0.0
     reasons: dict[str, int] = field(default_factory=dict)
@@ -151,11 +156,13 @@ def _pending(catalog: Catalog, labels: list[str] | None) -> int:
                 "The catalog is empty: there is nothing to fetch.",
                 hint="Add image records with `lawnwatch catalog add` or `lawnwatch catalog import`.",
             )
-        free = sa.or_(
-            ImageRecord.state == "pending",
-            sa.and_(ImageRecord.state == "claimed", ImageRecord.claimed_until < utc_now()),
-        )
-        query = sa.select(sa.func.count()).select_from(ImageRecord).where(free)
+    lost = sa.and_(ImageRecord.state == "claimed", ImageRecord.claimed_until < utc_now())
+    return _count(catalog, labels, sa.or_(ImageRecord.state == "pending", lost))
+
+
+def _count(catalog: Catalog, labels: list[str] | None, *conditions: sa.ColumnElement[bool]) -> int:
+    with catalog.session() as session:
+        query = sa.select(sa.func.count()).select_from(ImageRecord).where(*conditions)
         if labels:
             known = dict(session.execute(sa.select(Label.name, Label.id).where(Label.name.in_(labels))).all())
             if unknown := set(labels) - known.keys():
@@ -236,12 +243,13 @@ class _Run:
         self.held: set[int] = set()  # claimed and not recorded yet
         self.outcomes: list[tuple[int, dict[str, Any]]] = []
         self.moved = asyncio.Event()  # an image needs no slot any more
-        self.recordable = asyncio.Event()  # a whole group of outcomes waits
+        self.recordable = asyncio.Event()  # a whole group of outcomes waits, or all there will be for now
         self.stopping = threading.Event()  # for the threads, which nobody can cancel
         # The database has threads of its own: a claim must not stand in line behind slow puts.
         self.workers = ThreadPoolExecutor(settings.fetch.concurrency, thread_name_prefix="ingest")
         self.database = ThreadPoolExecutor(2, thread_name_prefix="catalog")
         self.room = Room(DECODED_PIXELS)
+        self.began = utc_now()
         self.started = time.monotonic()
         self.recent: deque[tuple[float, int]] = deque([(self.started, 0)])
 
@@ -256,6 +264,7 @@ class _Run:
                 for task in beside:
                     task.cancel()
             await self._record()
+            self.report.worker_died = await self._in_database(self._given_up)
         except BaseExceptionGroup as errors:
             raise first_error(errors) from None
         finally:
@@ -272,7 +281,10 @@ class _Run:
     # --- the pipeline -----------------------------------------------------------------------------------------------
 
     async def _claimer(self, fetcher: Fetcher, group: asyncio.TaskGroup) -> None:
-        """Start a task per pending image, as far ahead as there are slots to fill."""
+        """Start a task per pending image, as far ahead as there are slots to fill.
+
+        Records whose worker died come last, a group at a time: nothing is claimed beside one.
+        """
         slots = self.settings.fetch.concurrency
         while (left := slots if self.limit is None else self.limit - self.report.claimed) > 0:
             active = len(self.held) - len(self.outcomes) - fetcher.waiting
@@ -286,16 +298,25 @@ class _Run:
             if self.limit is not None:
                 wanted = min(wanted, left)
             records = await self._claim(wanted)
-            if not records:
-                return
             for record in records:
                 group.create_task(self._image(fetcher, record))
+            if not records and not self.held:
+                return
+            while self.held and not (records and records[0].lost_claims == 0):
+                self.moved.clear()
+                await self.moved.wait()
 
     async def _claim(self, wanted: int) -> list[ImageRecord]:
         def claim() -> list[ImageRecord]:
             if self.stopping.is_set():
                 return []
-            return self.catalog.claim(wanted, worker=self.worker, lease_seconds=LEASE_SECONDS, labels=self.labels)
+            return self.catalog.claim(
+                wanted,
+                worker=self.worker,
+                lease_seconds=LEASE_SECONDS,
+                labels=self.labels,
+                suspects=not self.held,
+            )
 
         claiming = asyncio.get_running_loop().run_in_executor(
             self.database, partial(self.catalog.retried, claim, patience=PATIENCE)
@@ -326,7 +347,7 @@ class _Run:
             values = _bad("quarantined", error.code, error)
         self.outcomes.append((record.id, {**values, "attempts": record.attempts + 1, "fetched_at": utc_now()}))
         self.moved.set()
-        if len(self.outcomes) >= RECORD_IMAGES:
+        if len(self.outcomes) >= min(RECORD_IMAGES, len(self.held)):
             self.recordable.set()
 
     def _keep(self, fetched: Fetched, url: str) -> dict[str, Any]:
@@ -417,6 +438,16 @@ class _Run:
         except (Unavailable, TimeoutError):
             self.progress("the database is gone; the claims come back when their lease runs out")
 
+    def _given_up(self) -> int:
+        """How many records ended since this run began because worker after worker died with them."""
+        return _count(
+            self.catalog,
+            self.labels,
+            ImageRecord.state == "failed",
+            ImageRecord.reason.startswith("worker_died:"),
+            ImageRecord.updated_at >= self.began,
+        )
+
     async def _in_database(self, work: Callable[[], T]) -> T:
         """Do `work` in a thread, again for a while if the database is away; not any more once the run is stopping."""
 
@@ -455,19 +486,21 @@ class _Run:
     def _finished(self) -> IngestReport:
         report = self.report
         bad = sum(getattr(report, state) for state in BAD)
+        given_up = report.worker_died
+        died = f" {given_up:,} failed as worker_died: one run after the other died with them." if given_up else ""
         if report.claimed == 0:
-            report.message = "Nothing new: no image record is pending."
+            report.message = f"Nothing new: no image record is pending.{died}"
             return report
         why = ", ".join(f"{count} {reason}" for reason, count in report.reasons.items())
         report.message = (
             f"{report.stored} of {report.claimed} images stored in {report.seconds:.1f} s"
             + (f"; {bad} not usable ({why})" if bad else "")
-            + "."
+            + f".{died}"
         )
         if bad / report.claimed > self.settings.data.max_bad_ratio:
             raise DataError(
                 f"{bad} of {report.claimed} images could not be used ({why}); at most "
-                f"{self.settings.data.max_bad_ratio:.0%} may fail. All outcomes are recorded.",
+                f"{self.settings.data.max_bad_ratio:.0%} may fail.{died} All outcomes are recorded.",
                 hint="Look at `lawnwatch catalog status`; `lawnwatch catalog retry` fetches them again, "
                 "LAWNWATCH_DATA__MAX_BAD_RATIO allows more.",
             )
