@@ -55,6 +55,8 @@ DECODED_PIXELS = 60_000_000  # decoded at once; a picture of 50 million takes 34
 CLAIM_AHEAD = 2  # images claimed and not waiting for their host, per slot
 CLAIM_WINDOW = 32  # images claimed in all, per slot: how far a busy or resting host's images are passed over
 PATIENCE = 60.0  # seconds that a store or database may be away before the run gives up
+OTHERS_LOOK_SECONDS = 0.5
+OTHERS_SECONDS = 600.0  # without one finished image of theirs until other runs are not waited for any more
 GIVE_BACK_SECONDS = 10.0  # for the claims of an interrupted run
 BAD = ("quarantined", "blocked", "gone", "failed")
 
@@ -103,12 +105,13 @@ def plan(
 ) -> IngestPlan:
     """Share the pending images among equal runs of about `data.batch_images`, at most `data.max_batches`.
 
+    What other runs have claimed counts too, for a run that was killed has claims as well until their lease runs out.
     The runs claim what they fetch, so they may run in any order, at once or one after the other, and be repeated.
 
     Raises:
         DataError: an empty catalog, or an unknown label.
     """
-    pending = _pending(catalog, labels)
+    pending = _unfinished(catalog, labels)
     pending = min(pending, limit) if limit else pending
     if not pending:
         return IngestPlan(0, [], "Nothing new: no image record is pending.")
@@ -116,7 +119,9 @@ def plan(
     share, rest = divmod(pending, count)
     only = [f"--labels={','.join(labels)}"] if labels else []
     batches = [["ingest", *only, f"--limit={share + (number < rest)}"] for number in range(count)]
-    return IngestPlan(pending, batches, f"{pending:,} image(s) to fetch in {count} batch(es).")
+    claimed = _count(catalog, labels, ImageRecord.state == "claimed")
+    others = f" Other runs have claimed {claimed:,}; they are waited for." if claimed else ""
+    return IngestPlan(pending, batches, f"{pending:,} image(s) to fetch in {count} batch(es).{others}")
 
 
 def run(
@@ -130,6 +135,9 @@ def run(
 ) -> IngestReport:
     """Fetch, validate and store every pending image.
 
+    When nothing is pending any more, what other runs have claimed is waited for: they finish it, or it comes back when
+    they are dead.
+
     Args:
         labels: only these labels.
         limit: at most so many images.
@@ -138,26 +146,26 @@ def run(
     Raises:
         DataError: an empty catalog, an unknown label, or more failed images than `max_bad_ratio`; by then everything
             is recorded.
-        Unavailable: database or store stayed away for PATIENCE seconds; what was claimed is given back.
+        Unavailable: database or store stayed away for PATIENCE seconds, and what was claimed is given back; or other
+            runs finished none of their images for OTHERS_SECONDS.
         KeyboardInterrupt: SIGINT or SIGTERM; what was finished is recorded, the rest is given back.
     """
-    total = _pending(catalog, labels)
+    total = _unfinished(catalog, labels)
     _hand_back_memory()
     ingest = _Run(settings, catalog, store, labels, limit, progress, min(total, limit) if limit else total)
     with interruptible() as interruption:
         return asyncio.run(interruption.heeded(ingest.whole()))
 
 
-def _pending(catalog: Catalog, labels: list[str] | None) -> int:
-    """How many records a run could claim now. Raises DataError."""
+def _unfinished(catalog: Catalog, labels: list[str] | None) -> int:
+    """How many records are pending, or claimed by runs of which some may be dead. Raises DataError."""
     with catalog.session() as session:
         if session.scalar(sa.select(ImageRecord.id).limit(1)) is None:
             raise DataError(
                 "The catalog is empty: there is nothing to fetch.",
                 hint="Add image records with `lawnwatch catalog add` or `lawnwatch catalog import`.",
             )
-    lost = sa.and_(ImageRecord.state == "claimed", ImageRecord.claimed_until < utc_now())
-    return _count(catalog, labels, sa.or_(ImageRecord.state == "pending", lost))
+    return _count(catalog, labels, ImageRecord.state.in_(("pending", "claimed")))
 
 
 def _count(catalog: Catalog, labels: list[str] | None, *conditions: sa.ColumnElement[bool]) -> int:
@@ -244,6 +252,8 @@ class _Run:
         self.outcomes: list[tuple[int, dict[str, Any]]] = []
         self.moved = asyncio.Event()  # an image needs no slot any more
         self.recordable = asyncio.Event()  # a whole group of outcomes waits, or all there will be for now
+        self.others = 0  # images that other runs have claimed, since this one waits for them
+        self.others_since = 0.0
         self.stopping = threading.Event()  # for the threads, which nobody can cancel
         # The database has threads of its own: a claim must not stand in line behind slow puts.
         self.workers = ThreadPoolExecutor(settings.fetch.concurrency, thread_name_prefix="ingest")
@@ -300,7 +310,7 @@ class _Run:
             records = await self._claim(wanted)
             for record in records:
                 group.create_task(self._image(fetcher, record))
-            if not records and not self.held:
+            if not records and not self.held and not await self._others_are_at_work():
                 return
             while self.held and not (records and records[0].lost_claims == 0):
                 self.moved.clear()
@@ -329,9 +339,29 @@ class _Run:
             with suppress(LawnwatchError):
                 self.held |= {record.id for record in await claiming}
             raise
+        self.others = 0 if records else self.others
         self.report.claimed += len(records)
         self.held |= {record.id for record in records}
         return records
+
+    async def _others_are_at_work(self) -> bool:
+        """Whether other runs have claims; then a moment has passed, after which some may have come back.
+
+        Raises:
+            Unavailable: they have finished none of them for OTHERS_SECONDS, which is longer than an image takes.
+        """
+        others, now = await self._in_database(partial(_unfinished, self.catalog, self.labels)), time.monotonic()
+        if others != self.others:
+            self.others, self.others_since = others, now
+        if others and now - self.others_since > OTHERS_SECONDS:
+            raise Unavailable(
+                f"Other runs have claimed {others:,} image(s) and finished none of them for {OTHERS_SECONDS:g} s. All "
+                "that this run did is recorded.",
+                hint="Look at the other runs, and run this again when they have ended.",
+            )
+        if others:
+            await asyncio.sleep(OTHERS_LOOK_SECONDS)
+        return others > 0
 
     async def _image(self, fetcher: Fetcher, record: ImageRecord) -> None:
         """One image's road; whatever its source does wrong becomes a state and a reason."""
@@ -481,6 +511,8 @@ class _Run:
         left = f"about {(total - done) / rate:,.0f} s left" if rate else "nothing finished of late"
         bad = "".join(f", {getattr(report, state):,} {state}" for state in BAD if getattr(report, state))
         waiting = f", {fetcher.waiting:,} waiting for their host" if fetcher.waiting else ""
+        if self.others:
+            waiting += f", waiting for {self.others:,} that other runs have claimed"
         return f"{done:,} of {total:,} images, {report.stored:,} stored{bad}{waiting}, {rate:,.1f}/s, {left}"
 
     def _finished(self) -> IngestReport:
