@@ -1,10 +1,11 @@
 """
 ### From a table of image URLs to a snapshot, daily and on demand
 
-1. **plan** counts the image records that are pending and divides them into batches.
+1. **plan** counts the image records that are pending, or claimed by a run that may have been killed, and
+   divides them into batches.
 2. **fetch** runs once for each batch: it claims image records, fetches and validates their pictures and stores
-   each under its SHA-256. A URL that fails is recorded with its reason and does not stop the others. Without
-   anything pending it is skipped.
+   each under its SHA-256. A URL that fails is recorded with its reason and does not stop the others. What
+   other runs have claimed is waited for. Without anything to fetch it is skipped.
 3. **recheck**, when asked for, asks the sources again whether they still give the same picture, reads the
    stored objects, and repairs those that rotted.
 4. **quality** looks for duplicates, contradicting labels and everything else that must not be trained on, and

@@ -42,7 +42,10 @@ IMPORT_BATCH = 1000  # rows in one statement: at most 8 MB of URLs, half of Mari
 IMPORT_PATIENCE = 60.0  # seconds that an import waits for a database that restarts
 PAGE = 5000  # records read or changed in one transaction, where a million may be meant
 PROGRESS_SECONDS = 2.0
-MAX_LOST_CLAIMS = 5
+# Records that one, two, three or four workers died with: at most so many are claimed at once, and nothing beside them.
+# A picture that kills its worker loses its neighbours on the way, and is alone when it does so for the last time.
+SUSPECTS = (64, 16, 4, 1)
+MAX_LOST_CLAIMS = len(SUSPECTS) + 1
 # What an export tells of a record, in this order; who claims it just now and the fetch headers are of no use elsewhere.
 EXPORTED = (
     "id", "url", "label", "label_source", "state", "reason", "attempts", "object_key", "sha256", "phash", "width",
@@ -636,12 +639,24 @@ class Catalog(Database):
     # --- claiming ---------------------------------------------------------------------------------------------------
 
     def claim(
-        self, limit: int, *, worker: str, lease_seconds: float = 120.0, labels: list[str] | None = None
+        self,
+        limit: int,
+        *,
+        worker: str,
+        lease_seconds: float = 120.0,
+        labels: list[str] | None = None,
+        suspects: bool = True,
     ) -> list[ImageRecord]:
         """Take up to `limit` pending records for this worker, for `lease_seconds`.
 
-        A record whose lease ran out, or whose worker was a process of this machine that is gone, is taken too. One
-        that five workers died with is a danger to the sixth: it becomes `failed`, with the reason `worker_died`.
+        A record whose lease ran out, or whose worker was a process of this machine that is gone, is pending again.
+        Such records come last, and in small groups. One that five workers died with is a danger to the sixth: it
+        becomes `failed`, with the reason `worker_died`.
+
+        Args:
+            suspects: when nothing else is pending, take records whose worker died (`lost_claims` tells). For a worker
+                that holds nothing else, and claims no more until these are finished: what it holds when it dies is
+                suspected.
 
         Raises:
             DataError: a label that the catalog does not know.
@@ -658,6 +673,8 @@ class Catalog(Database):
                     self._free_lost_claims(session, worker)
                     wanted = self._known_labels(session, labels) if labels else None
                     ids = self.lock_pending(session, limit, wanted)
+                    if not ids and suspects:
+                        ids = self._lock_suspects(session, limit, wanted)
                     session.execute(
                         sa.update(ImageRecord)
                         .where(ImageRecord.id.in_(ids))
@@ -708,8 +725,20 @@ class Catalog(Database):
             .execution_options(synchronize_session=False)
         )
 
-    def lock_pending(self, session: Session, limit: int, label_ids: list[int] | None) -> list[int]:
+    def _lock_suspects(self, session: Session, limit: int, label_ids: list[int] | None) -> list[int]:
+        """As `lock_pending`, of the records that the fewest workers died with: no more than may be claimed at once."""
+        query = sa.select(sa.func.min(ImageRecord.lost_claims))
+        query = query.where(ImageRecord.state == "pending", ImageRecord.lost_claims > 0)
+        if label_ids is not None:
+            query = query.where(ImageRecord.label_id.in_(label_ids))
+        if not (lost := session.scalar(query)):
+            return []
+        return self.lock_pending(session, min(limit, SUSPECTS[lost - 1]), label_ids, lost=lost)
+
+    def lock_pending(self, session: Session, limit: int, label_ids: list[int] | None, *, lost: int = 0) -> list[int]:
         """Ids of pending records, locked for this transaction; those that another one holds are passed over.
+
+        Only records that `lost` workers died with.
 
         Of several labels each gets its share and then what others leave, and is asked for alone: together they could
         not be read in the order of an index, and each claim would sort all that is pending. Only `images` is read:
@@ -724,7 +753,7 @@ class Catalog(Database):
         for label, share in turns:
             if len(ids) == limit:
                 break
-            query = sa.select(ImageRecord.id).where(ImageRecord.state == "pending")
+            query = sa.select(ImageRecord.id).where(ImageRecord.state == "pending", ImageRecord.lost_claims == lost)
             if ids:  # this transaction's own locks do not make SKIP LOCKED pass over them
                 query = query.where(ImageRecord.id.not_in(ids))
             if label is not None:

@@ -55,6 +55,8 @@ DECODED_PIXELS = 60_000_000  # decoded at once; a picture of 50 million takes 34
 CLAIM_AHEAD = 2  # images claimed and not waiting for their host, per slot
 CLAIM_WINDOW = 32  # images claimed in all, per slot: how far a busy or resting host's images are passed over
 PATIENCE = 60.0  # seconds that a store or database may be away before the run gives up
+OTHERS_LOOK_SECONDS = 0.5
+OTHERS_SECONDS = 600.0  # without one finished image of theirs until other runs are not waited for any more
 GIVE_BACK_SECONDS = 10.0  # for the claims of an interrupted run
 BAD = ("quarantined", "blocked", "gone", "failed")
 
@@ -65,7 +67,11 @@ T = TypeVar("T")
 
 @dataclass
 class IngestReport:
-    """What one run did, in images."""
+    """What one run did, in images.
+
+    Attributes:
+        worker_died: records that this run found to have killed worker after worker; they are `failed`, not claimed.
+    """
 
     claimed: int = 0
     stored: int = 0
@@ -73,6 +79,7 @@ class IngestReport:
     blocked: int = 0
     gone: int = 0
     failed: int = 0
+    worker_died: int = 0
     bytes: int = 0
     seconds: float = 0.0
     reasons: dict[str, int] = field(default_factory=dict)
@@ -98,12 +105,13 @@ def plan(
 ) -> IngestPlan:
     """Share the pending images among equal runs of about `data.batch_images`, at most `data.max_batches`.
 
+    What other runs have claimed counts too, for a run that was killed has claims as well until their lease runs out.
     The runs claim what they fetch, so they may run in any order, at once or one after the other, and be repeated.
 
     Raises:
         DataError: an empty catalog, or an unknown label.
     """
-    pending = _pending(catalog, labels)
+    pending = _unfinished(catalog, labels)
     pending = min(pending, limit) if limit else pending
     if not pending:
         return IngestPlan(0, [], "Nothing new: no image record is pending.")
@@ -111,7 +119,9 @@ def plan(
     share, rest = divmod(pending, count)
     only = [f"--labels={','.join(labels)}"] if labels else []
     batches = [["ingest", *only, f"--limit={share + (number < rest)}"] for number in range(count)]
-    return IngestPlan(pending, batches, f"{pending:,} image(s) to fetch in {count} batch(es).")
+    claimed = _count(catalog, labels, ImageRecord.state == "claimed")
+    others = f" Other runs have claimed {claimed:,}; they are waited for." if claimed else ""
+    return IngestPlan(pending, batches, f"{pending:,} image(s) to fetch in {count} batch(es).{others}")
 
 
 def run(
@@ -125,6 +135,9 @@ def run(
 ) -> IngestReport:
     """Fetch, validate and store every pending image.
 
+    When nothing is pending any more, what other runs have claimed is waited for: they finish it, or it comes back when
+    they are dead.
+
     Args:
         labels: only these labels.
         limit: at most so many images.
@@ -133,29 +146,31 @@ def run(
     Raises:
         DataError: an empty catalog, an unknown label, or more failed images than `max_bad_ratio`; by then everything
             is recorded.
-        Unavailable: database or store stayed away for PATIENCE seconds; what was claimed is given back.
+        Unavailable: database or store stayed away for PATIENCE seconds, and what was claimed is given back; or other
+            runs finished none of their images for OTHERS_SECONDS.
         KeyboardInterrupt: SIGINT or SIGTERM; what was finished is recorded, the rest is given back.
     """
-    total = _pending(catalog, labels)
+    total = _unfinished(catalog, labels)
     _hand_back_memory()
     ingest = _Run(settings, catalog, store, labels, limit, progress, min(total, limit) if limit else total)
     with interruptible() as interruption:
         return asyncio.run(interruption.heeded(ingest.whole()))
 
 
-def _pending(catalog: Catalog, labels: list[str] | None) -> int:
-    """How many records a run could claim now. Raises DataError."""
+def _unfinished(catalog: Catalog, labels: list[str] | None) -> int:
+    """How many records are pending, or claimed by runs of which some may be dead. Raises DataError."""
     with catalog.session() as session:
         if session.scalar(sa.select(ImageRecord.id).limit(1)) is None:
             raise DataError(
                 "The catalog is empty: there is nothing to fetch.",
                 hint="Add image records with `lawnwatch catalog add` or `lawnwatch catalog import`.",
             )
-        free = sa.or_(
-            ImageRecord.state == "pending",
-            sa.and_(ImageRecord.state == "claimed", ImageRecord.claimed_until < utc_now()),
-        )
-        query = sa.select(sa.func.count()).select_from(ImageRecord).where(free)
+    return _count(catalog, labels, ImageRecord.state.in_(("pending", "claimed")))
+
+
+def _count(catalog: Catalog, labels: list[str] | None, *conditions: sa.ColumnElement[bool]) -> int:
+    with catalog.session() as session:
+        query = sa.select(sa.func.count()).select_from(ImageRecord).where(*conditions)
         if labels:
             known = dict(session.execute(sa.select(Label.name, Label.id).where(Label.name.in_(labels))).all())
             if unknown := set(labels) - known.keys():
@@ -236,12 +251,15 @@ class _Run:
         self.held: set[int] = set()  # claimed and not recorded yet
         self.outcomes: list[tuple[int, dict[str, Any]]] = []
         self.moved = asyncio.Event()  # an image needs no slot any more
-        self.recordable = asyncio.Event()  # a whole group of outcomes waits
+        self.recordable = asyncio.Event()  # a whole group of outcomes waits, or all there will be for now
+        self.others = 0  # images that other runs have claimed, since this one waits for them
+        self.others_since = 0.0
         self.stopping = threading.Event()  # for the threads, which nobody can cancel
         # The database has threads of its own: a claim must not stand in line behind slow puts.
         self.workers = ThreadPoolExecutor(settings.fetch.concurrency, thread_name_prefix="ingest")
         self.database = ThreadPoolExecutor(2, thread_name_prefix="catalog")
         self.room = Room(DECODED_PIXELS)
+        self.began = utc_now()
         self.started = time.monotonic()
         self.recent: deque[tuple[float, int]] = deque([(self.started, 0)])
 
@@ -256,6 +274,7 @@ class _Run:
                 for task in beside:
                     task.cancel()
             await self._record()
+            self.report.worker_died = await self._in_database(self._given_up)
         except BaseExceptionGroup as errors:
             raise first_error(errors) from None
         finally:
@@ -272,7 +291,10 @@ class _Run:
     # --- the pipeline -----------------------------------------------------------------------------------------------
 
     async def _claimer(self, fetcher: Fetcher, group: asyncio.TaskGroup) -> None:
-        """Start a task per pending image, as far ahead as there are slots to fill."""
+        """Start a task per pending image, as far ahead as there are slots to fill.
+
+        Records whose worker died come last, a group at a time: nothing is claimed beside one.
+        """
         slots = self.settings.fetch.concurrency
         while (left := slots if self.limit is None else self.limit - self.report.claimed) > 0:
             active = len(self.held) - len(self.outcomes) - fetcher.waiting
@@ -286,16 +308,25 @@ class _Run:
             if self.limit is not None:
                 wanted = min(wanted, left)
             records = await self._claim(wanted)
-            if not records:
-                return
             for record in records:
                 group.create_task(self._image(fetcher, record))
+            if not records and not self.held and not await self._others_are_at_work():
+                return
+            while self.held and not (records and records[0].lost_claims == 0):
+                self.moved.clear()
+                await self.moved.wait()
 
     async def _claim(self, wanted: int) -> list[ImageRecord]:
         def claim() -> list[ImageRecord]:
             if self.stopping.is_set():
                 return []
-            return self.catalog.claim(wanted, worker=self.worker, lease_seconds=LEASE_SECONDS, labels=self.labels)
+            return self.catalog.claim(
+                wanted,
+                worker=self.worker,
+                lease_seconds=LEASE_SECONDS,
+                labels=self.labels,
+                suspects=not self.held,
+            )
 
         claiming = asyncio.get_running_loop().run_in_executor(
             self.database, partial(self.catalog.retried, claim, patience=PATIENCE)
@@ -308,9 +339,29 @@ class _Run:
             with suppress(LawnwatchError):
                 self.held |= {record.id for record in await claiming}
             raise
+        self.others = 0 if records else self.others
         self.report.claimed += len(records)
         self.held |= {record.id for record in records}
         return records
+
+    async def _others_are_at_work(self) -> bool:
+        """Whether other runs have claims; then a moment has passed, after which some may have come back.
+
+        Raises:
+            Unavailable: they have finished none of them for OTHERS_SECONDS, which is longer than an image takes.
+        """
+        others, now = await self._in_database(partial(_unfinished, self.catalog, self.labels)), time.monotonic()
+        if others != self.others:
+            self.others, self.others_since = others, now
+        if others and now - self.others_since > OTHERS_SECONDS:
+            raise Unavailable(
+                f"Other runs have claimed {others:,} image(s) and finished none of them for {OTHERS_SECONDS:g} s. All "
+                "that this run did is recorded.",
+                hint="Look at the other runs, and run this again when they have ended.",
+            )
+        if others:
+            await asyncio.sleep(OTHERS_LOOK_SECONDS)
+        return others > 0
 
     async def _image(self, fetcher: Fetcher, record: ImageRecord) -> None:
         """One image's road; whatever its source does wrong becomes a state and a reason."""
@@ -326,7 +377,7 @@ class _Run:
             values = _bad("quarantined", error.code, error)
         self.outcomes.append((record.id, {**values, "attempts": record.attempts + 1, "fetched_at": utc_now()}))
         self.moved.set()
-        if len(self.outcomes) >= RECORD_IMAGES:
+        if len(self.outcomes) >= min(RECORD_IMAGES, len(self.held)):
             self.recordable.set()
 
     def _keep(self, fetched: Fetched, url: str) -> dict[str, Any]:
@@ -417,6 +468,16 @@ class _Run:
         except (Unavailable, TimeoutError):
             self.progress("the database is gone; the claims come back when their lease runs out")
 
+    def _given_up(self) -> int:
+        """How many records ended since this run began because worker after worker died with them."""
+        return _count(
+            self.catalog,
+            self.labels,
+            ImageRecord.state == "failed",
+            ImageRecord.reason.startswith("worker_died:"),
+            ImageRecord.updated_at >= self.began,
+        )
+
     async def _in_database(self, work: Callable[[], T]) -> T:
         """Do `work` in a thread, again for a while if the database is away; not any more once the run is stopping."""
 
@@ -450,24 +511,28 @@ class _Run:
         left = f"about {(total - done) / rate:,.0f} s left" if rate else "nothing finished of late"
         bad = "".join(f", {getattr(report, state):,} {state}" for state in BAD if getattr(report, state))
         waiting = f", {fetcher.waiting:,} waiting for their host" if fetcher.waiting else ""
+        if self.others:
+            waiting += f", waiting for {self.others:,} that other runs have claimed"
         return f"{done:,} of {total:,} images, {report.stored:,} stored{bad}{waiting}, {rate:,.1f}/s, {left}"
 
     def _finished(self) -> IngestReport:
         report = self.report
         bad = sum(getattr(report, state) for state in BAD)
+        given_up = report.worker_died
+        died = f" {given_up:,} failed as worker_died: one run after the other died with them." if given_up else ""
         if report.claimed == 0:
-            report.message = "Nothing new: no image record is pending."
+            report.message = f"Nothing new: no image record is pending.{died}"
             return report
         why = ", ".join(f"{count} {reason}" for reason, count in report.reasons.items())
         report.message = (
             f"{report.stored} of {report.claimed} images stored in {report.seconds:.1f} s"
             + (f"; {bad} not usable ({why})" if bad else "")
-            + "."
+            + f".{died}"
         )
         if bad / report.claimed > self.settings.data.max_bad_ratio:
             raise DataError(
                 f"{bad} of {report.claimed} images could not be used ({why}); at most "
-                f"{self.settings.data.max_bad_ratio:.0%} may fail. All outcomes are recorded.",
+                f"{self.settings.data.max_bad_ratio:.0%} may fail.{died} All outcomes are recorded.",
                 hint="Look at `lawnwatch catalog status`; `lawnwatch catalog retry` fetches them again, "
                 "LAWNWATCH_DATA__MAX_BAD_RATIO allows more.",
             )

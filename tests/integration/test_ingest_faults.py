@@ -177,6 +177,25 @@ def test_33_two_runs_at_once_fetch_each_image_once(tmp_path: Path, web: str, und
     assert set(Page.asked.values()) == {1}
 
 
+def test_32_a_picture_that_kills_its_worker_condemns_no_neighbour(tmp_path: Path, web: str, undisturbed: Any) -> None:
+    settings = prepared(tmp_path / "home", web)
+    store, deadly = open_store(settings), f"{SITE}7.jpg"
+    work = (
+        f"deadly, decode = bytes.fromhex('{PAGES['/7.jpg'].hex()}'), ingest.images.inspect_and_decode\n"
+        "ingest.images.inspect_and_decode = lambda data, **how: kill() if data == deadly else decode(data, **how)\n"
+    )
+    for _ in range(5):
+        assert start(settings, work + INGEST).wait(60) == -signal.SIGKILL
+    report = ingest.run(settings, Catalog(settings), store)
+    assert report.message.endswith(" 1 failed as worker_died: one run after the other died with them.")
+    assert ingest.run(settings, Catalog(settings), store).worker_died == 0
+    rows, objects = state(settings)
+    (died,) = [row for row in rows if row["url"] == deadly]
+    assert (died["state"], str(died["reason"]).partition(":")[0]) == ("failed", "worker_died")
+    assert [row for row in rows if row["url"] != deadly] == [row for row in undisturbed[0] if row["url"] != deadly]
+    assert objects == [each for each in undisturbed[1] if each[1] != PAGES["/7.jpg"]]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_32_told_to_stop_records_what_is_done_and_gives_the_rest_back(
     tmp_path: Path, web: str, undisturbed: Any, number: int, code: int

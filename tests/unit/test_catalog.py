@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -573,20 +574,45 @@ def test_records_are_listed_by_state_label_and_the_beginning_of_their_reason(cat
 
 
 def test_a_picture_that_kills_its_workers_is_given_up_after_five(catalog: Catalog) -> None:
-    fill(catalog, 2)
+    fill(catalog, 1)
     for number in range(5):
-        taken = catalog.claim(2, worker=f"elsewhere:{number}:1", lease_seconds=-1)
-        assert [record.lost_claims for record in taken] == [number, min(number, 3)]
-        if number == 3:
-            assert catalog.finish(f"elsewhere:{number}:1", [(2, {"state": "pending"})]) == 1  # given back, not lost
-    assert [record.id for record in catalog.claim(2, worker="elsewhere:9:1", lease_seconds=-1)] == [2]
+        (taken,) = catalog.claim(1, worker="elsewhere:8:1")
+        assert taken.lost_claims == number
+        assert catalog.finish("elsewhere:8:1", [(1, {"state": "pending"})]) == 1  # given back, not lost
+        assert len(catalog.claim(1, worker=f"elsewhere:{number}:1", lease_seconds=-1)) == 1
+    assert catalog.claim(1, worker="elsewhere:9:1") == []
     killer = catalog.find("1")
     assert (killer.state, killer.lost_claims, killer.claimed_by) == ("failed", 5, None)
     assert (killer.reason or "").startswith("worker_died: ")
-    assert catalog.finish("elsewhere:9:1", [(2, {"state": "gone", "reason": "http_404"})]) == 1
-    assert catalog.find("2").lost_claims == 0
     assert catalog.retry(reason="worker_died") == 1
     assert catalog.find("1").lost_claims == 0
+    catalog.claim(1, worker="elsewhere:1:1", lease_seconds=-1)
+    assert catalog.claim(1, worker="elsewhere:2:1")[0].lost_claims == 1
+    assert catalog.finish("elsewhere:2:1", [(1, {"state": "gone", "reason": "http_404"})]) == 1
+    assert catalog.find("1").lost_claims == 0
+
+
+def test_a_picture_that_kills_its_workers_condemns_no_neighbour(catalog: Catalog) -> None:
+    """What workers died with comes last, in ever smaller groups, those first that the fewest died with."""
+    fill(catalog, 100)
+    deadly, died_with = 50, []
+    for number in itertools.count():
+        worker = f"elsewhere:{number}:1"
+        ids = [record.id for record in catalog.claim(200, worker=worker)]
+        if deadly in ids:
+            died_with.append(len(ids))
+            catalog.renew(worker, ids, lease_seconds=-1)
+        elif ids:
+            assert catalog.finish(worker, [(each, {"state": "stored"}) for each in ids]) == len(ids)
+        else:
+            break
+        if number == 0:
+            fill(catalog, 103)
+            assert len(catalog.claim(200, worker="w:1:1", suspects=False, lease_seconds=-1)) == 3
+            assert catalog.claim(200, worker="w:1:1", suspects=False) == []
+    assert died_with == [100, 64, 16, 4, 1]
+    assert catalog.status().by_state == {"stored": 102, "failed": 1}
+    assert catalog.find(str(deadly)).state == "failed"
 
 
 def test_a_renewed_lease_lasts_and_a_lost_one_cannot_be_renewed(catalog: Catalog) -> None:

@@ -377,8 +377,59 @@ def test_the_plan_shares_the_pending_images(settings: Settings, catalog: Catalog
     assert (some.pending, some.batches) == (2, [["ingest", "--labels=dandelion", "--limit=2"]])
     with pytest.raises(DataError, match="daisy"):
         ingest.plan(settings, catalog, labels=["daisy"])
-    catalog.claim(13, worker="elsewhere:1:1")
-    assert ingest.plan(settings, catalog).batches == []
+    catalog.claim(3, worker="elsewhere:1:1")
+    found = ingest.plan(settings, catalog)
+    assert found.pending == 13, "a run that was killed has claims too, and they come back"
+    assert found.message == "13 image(s) to fetch in 2 batch(es). Other runs have claimed 3; they are waited for."
+    catalog.claim(1, worker="elsewhere:2:1", labels=["dandelion"])
+    assert ingest.plan(settings, catalog, labels=["dandelion"]).pending == 3
+    done = [(number, {"state": "stored"}) for number in range(1, 14)]
+    for worker in ("elsewhere:1:1", "elsewhere:2:1"):
+        catalog.finish(worker, done)
+    catalog.finish("w:1:1", [(each.id, {"state": "stored"}) for each in catalog.claim(13, worker="w:1:1")])
+    assert ingest.plan(settings, catalog).message == "Nothing new: no image record is pending."
+
+
+def test_33_the_claims_of_a_run_that_died_elsewhere_are_waited_for(
+    settings: Settings, catalog: Catalog, store: LocalStore, web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Airflow repeats a killed task under another host's name long before the lease of its claims runs out."""
+    monkeypatch.setattr(ingest, "PROGRESS_SECONDS", 0.1)
+    publish(web, catalog, {f"{number}.jpg": picture(number) for number in range(10)})
+    assert len(catalog.claim(4, worker="pod-a:7:1", lease_seconds=2)) == 4
+    lines: list[str] = []
+    report = ingest.run(settings, catalog, store, progress=lines.append)
+    assert (report.stored, catalog.status().by_state) == (10, {"stored": 10})
+    assert any("6 stored, waiting for 4 that other runs have claimed" in line for line in lines)
+
+
+def test_33_a_run_ends_when_the_others_have_finished(
+    settings: Settings, catalog: Catalog, store: LocalStore, web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingest, "PROGRESS_SECONDS", 0.1)
+    publish(web, catalog, {f"{number}.jpg": picture(number) for number in range(3)}, "grass")
+    publish(web, catalog, {"moss.jpg": picture(9)}, "moss")
+    claims = catalog.claim(3, worker="pod-a:7:1")
+
+    def finish_one(line: str) -> None:
+        if claims and "waiting" in line:
+            assert catalog.finish("pod-a:7:1", [(claims.pop().id, {"state": "stored"})]) == 1
+
+    assert ingest.run(settings, catalog, store, labels=["moss"]).stored == 1, "they have nothing of that label"
+    report = ingest.run(settings, catalog, store, progress=finish_one)
+    assert (report.claimed, report.message) == (0, "Nothing new: no image record is pending.")
+    assert not claims and catalog.status().by_state == {"stored": 4}
+
+
+def test_33_others_that_finish_nothing_are_not_waited_for_without_end(
+    settings: Settings, catalog: Catalog, store: LocalStore, web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingest, "OTHERS_SECONDS", 0.3)
+    publish(web, catalog, {f"{number}.jpg": picture(number) for number in range(3)})
+    catalog.claim(1, worker="pod-a:7:1")
+    with pytest.raises(Unavailable, match=r"claimed 1 image\(s\) and finished none"):
+        ingest.run(settings, catalog, store)
+    assert catalog.status().by_state == {"claimed": 1, "stored": 2}
 
 
 def test_the_metrics_say_what_the_report_says(
