@@ -87,12 +87,23 @@ class Prediction(_Answer):
     explanation: Explanation | None = None
 
 
+class Range(_Answer):
+    """Where a figure would lie in 95 % of cases."""
+
+    low: float
+    high: float
+
+
 class Interval(_Answer):
-    """A measured value and its 95 % interval; no bounds when none could be computed."""
+    """A measured value and its 95 % interval; no bounds when none could be computed.
+
+    `expected`: where the value would lie if all were as it should be; a calibration error has one.
+    """
 
     value: float
     low: float | None = None
     high: float | None = None
+    expected: Range | None = None
 
 
 class ClassFigures(_Answer):

@@ -153,13 +153,18 @@ def percent(share: float) -> str:
 
 
 def interval(measured: Interval | None, *, as_percent: bool) -> str:
-    """`95.0 % (88.9 – 97.8)`; the value alone when it has no interval."""
+    """`95.0 % (88.9 – 97.8)`; the value alone when it has no interval.
+
+    Of a calibration error not its interval but the range in which it would lie for a perfectly calibrated model.
+    """
     if measured is None:
         return "not measured"
     scale, digits = (100, 1) if as_percent else (1, 3)
     unit = " %" if as_percent else ""
     text = f"{measured.value * scale:.{digits}f}{unit}"
-    if measured.low is not None and measured.high is not None:
+    if measured.expected is not None:
+        text += f" ({measured.expected.low:.{digits}f} – {measured.expected.high:.{digits}f} if calibrated)"
+    elif measured.low is not None and measured.high is not None:
         text += f" ({measured.low * scale:.{digits}f} – {measured.high * scale:.{digits}f})"
     return text
 

@@ -82,6 +82,7 @@ def page(*, run_id: str, facts: dict[str, Any], evaluation: dict[str, Any], pict
     )
     environment.filters["percent"] = percent
     environment.filters["signed"] = signed
+    environment.filters["likely"] = likely
     environment.filters["embedded"] = embedded
     verdict = evaluation["verdict"]
     claim = verdict["claim"] if verdict["decision"] == "promote" else ""
@@ -104,6 +105,12 @@ def page(*, run_id: str, facts: dict[str, Any], evaluation: dict[str, Any], pict
 def percent(share: float | None) -> str:
     """`97.5 %`; a dash where there was nothing to count."""
     return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def likely(one: dict[str, Any]) -> str:
+    """`0.021 to 0.070`; of a calibration error the range that a perfectly calibrated model would have."""
+    bounds = one.get("expected", one)
+    return f"{bounds['low']:.3f} to {bounds['high']:.3f}" + (" if calibrated" if "expected" in one else "")
 
 
 def signed(share: float) -> str:

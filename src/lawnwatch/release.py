@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lawnwatch import bundle, images, registry
+from lawnwatch import bundle, evaluation_report, images, registry
 from lawnwatch.catalog import Catalog
 from lawnwatch.config import Settings
 from lawnwatch.errors import DataError, IntegrityError, NotFound
@@ -190,7 +190,7 @@ def model_card(name: str, info: registry.VersionInfo, facts: dict[str, Any], eva
         "|---|---|---|",
     ]
     for figure, one in evaluation["metrics"].items():
-        lines.append(f"| {figure} | {one['value']:.3f} | {one['low']:.3f} to {one['high']:.3f} |")
+        lines.append(f"| {figure} | {one['value']:.3f} | {evaluation_report.likely(one)} |")
     lines += ["", "| class | precision | recall | test images |", "|---|---|---|---|"]
     for label, one in evaluation["per_class"].items():
         precision, recall = (_figure(one[name]["value"]) for name in ("precision", "recall"))

@@ -81,6 +81,15 @@ def test_each_verdict_has_its_page(wins: int, losses: int, reasons: tuple[str, .
     assert "too few" in text and "what speaks for grass" in text
 
 
+def test_a_calibration_error_stands_beside_what_an_honest_model_would_have() -> None:
+    found = evaluation(1, 1, ())
+    text = evaluation_report.page(run_id="r" * 32, facts=FACTS, evaluation=found, pictures=[]).decode()
+    one = found["metrics"]["ece"]
+    assert text.count(f"{one['expected']['low']:.3f} to {one['expected']['high']:.3f} if calibrated") == 2
+    recorded_before = {"value": 0.021, "low": 0.004, "high": 0.07}
+    assert evaluation_report.likely(recorded_before) == "0.004 to 0.070"
+
+
 def test_what_strangers_wrote_stays_text_and_nothing_is_loaded() -> None:
     found = evaluation(1, 1, (HOSTILE,), labels=("grass", HOSTILE))
     text = evaluation_report.page(run_id="r" * 32, facts=FACTS, evaluation=found, pictures=pictures()).decode()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 
@@ -37,7 +40,7 @@ def test_the_area_under_the_curve_counts_ties_half_and_needs_two_classes() -> No
     assert measure.area_under_curve(perfect, np.array([0, 1, 2, 0])) == 1.0
 
 
-def test_measure_gives_an_interval_around_every_figure() -> None:
+def test_measure_gives_every_figure_and_every_count() -> None:
     rng = np.random.default_rng(1)
     labels = rng.integers(0, 3, 120)
     p = rng.dirichlet([1, 1, 1], 120) * 0.4 + np.eye(3)[labels] * 0.6
@@ -46,11 +49,70 @@ def test_measure_gives_an_interval_around_every_figure() -> None:
     assert set(found["metrics"]) == {
         "accuracy", "balanced_accuracy", "macro_f1", "log_loss", "brier", "ece", "auc",
     }  # fmt: skip
-    for name, one in found["metrics"].items():
-        assert one["low"] <= one["value"] <= one["high"], name
     assert np.array(found["confusion"]["matrix"]).sum() == 120
     assert found["per_class"]["a"]["support"] == int((labels == 0).sum())
     assert sum(one["images"] for one in found["reliability"]) == 120
+
+
+def good_model(rng: np.random.Generator, n: int, classes: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    """(n, classes) honest probabilities and labels; right in 97.5 % of cases where there are two classes."""
+    labels = np.arange(n) % classes
+    away = NormalDist().inv_cdf(0.975) * np.sqrt(2)
+    seen = rng.standard_normal((n, classes)) + away * np.eye(classes)[labels]
+    powers = np.exp(away * (seen - seen.max(axis=1, keepdims=True)))
+    return powers / powers.sum(axis=1, keepdims=True), labels
+
+
+@pytest.mark.parametrize(("n", "classes"), [(40, 2), (80, 2), (90, 3)])
+def test_of_a_good_model_the_intervals_of_few_images_hold_the_truth(n: int, classes: int) -> None:
+    rng = np.random.default_rng(6)
+    truth = measure.figures(*good_model(rng, 400_000, classes)) | {"ece": 0.0}
+    assert truth["accuracy"] == pytest.approx(0.975, abs=1e-3) or classes > 2
+    held = Counter(dict.fromkeys(truth, 0))
+    names = [str(k) for k in range(classes)]
+    for _ in range(100):
+        found = measure.measure(*good_model(rng, n, classes), names)["metrics"]
+        held.update(name for name in truth if found[name]["low"] <= truth[name] <= found[name]["high"])
+    assert min(held.values()) >= 89, held  # 95 are promised; 89 is 2.7 standard errors below
+
+
+@pytest.mark.parametrize("n", [40, 80])
+def test_without_a_mistake_no_share_is_certain(n: int) -> None:
+    labels = np.arange(n) % 2
+    found = measure.measure(np.where(np.eye(2)[labels] > 0, 0.97, 0.03), labels, ["a", "b"])["metrics"]
+    for name in ("accuracy", "balanced_accuracy", "macro_f1", "auc"):
+        assert found[name]["value"] == found[name]["high"] == 1
+        assert 1 - 5 / n < found[name]["low"] < 1 - 2 / n, name
+    # An answer in 34 may have been wrong; what a wrong one costs is in the answers.
+    assert found["log_loss"]["high"] > 2 * found["log_loss"]["value"]
+
+
+def test_bounds_of_the_means_agree_with_what_they_come_from() -> None:
+    # Newcombe 2006 turns an area and its counts into bounds that lie where the area is 1.96 standard errors away.
+    said = np.array([[0.1, 0.9]] * 27 + [[0.9, 0.1]] * 23)
+    low, high = measure.area_interval(said, np.repeat([1, 0, 1, 0], [20, 7, 10, 13]))
+    area = (20 / 30 * 13 / 20) + 0.5 * (20 / 30 * 7 / 20 + 10 / 30 * 13 / 20)
+    for bound in (low, high):
+        pairs = 1 + 24 * (1 - bound) / (2 - bound) + 24 * bound / (1 + bound)
+        assert abs(area - bound) == pytest.approx(1.96 * np.sqrt(bound * (1 - bound) * pairs / (30 * 20)), rel=1e-4)
+    # Two classes of the same counts: MOVER's distance is Wilson's divided by the root of two.
+    wide, narrow = measure.wilson(36, 40), measure.balanced_accuracy_interval(np.array([[36, 4], [4, 36]]))
+    assert (0.9 - narrow[0]) * np.sqrt(2) == pytest.approx(0.9 - wide[0])
+    # The same mistakes count in both F1, whose mean is then as uncertain as each of them.
+    j = measure.wilson(36, 44)
+    assert measure.macro_f1_interval(np.array([[36, 4], [4, 36]])) == pytest.approx([2 * x / (1 + x) for x in j])
+
+
+def test_the_range_of_an_honest_calibration_error_holds_the_honest_and_not_the_overconfident() -> None:
+    rng = np.random.default_rng(7)
+    honest = boastful = 0
+    for _ in range(40):
+        p, labels = good_model(rng, 200)
+        low, high = measure.calibrated_range(p)
+        honest += low <= measure.expected_calibration_error(p, labels) <= high
+        p = p**3 / (p**3).sum(axis=1, keepdims=True)
+        boastful += measure.expected_calibration_error(p, labels) > measure.calibrated_range(p)[1]
+    assert honest >= 36 and boastful >= 30
 
 
 def test_a_class_that_is_never_predicted_has_no_precision() -> None:

@@ -26,7 +26,8 @@ METRICS = {
     "ece": (
         "Calibration error",
         False,
-        "Gap between stated confidence and how often it is right; 0 is perfect.",
+        "Gap between stated confidence and how often it is right. On few images it is above 0 for the best of "
+        "models: the range beside it is that of a perfectly calibrated one.",
     ),
 }
 LINEAGE = {
