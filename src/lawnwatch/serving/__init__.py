@@ -5,6 +5,6 @@ counting), `clients` (who asks, and may they), `intake` (which address takes whi
 before a body is read), `questions` (how much a client may ask that is no picture), `routes` (the addresses), `uploads`,
 `tensors` and `fetching` (the pictures in a request), `answers` (from a picture to what the client is told), `kept`
 (what the store keeps, as an answer). Behind them: `api` (what the routes share), `watcher` (which model serves),
-`predictor` (picture to answer), `problems`, `schemas`, `openapi`, `metrics`, `server` (uvicorn with timeouts and a clean
-end).
+`predictor` (picture to answer), `problems`, `schemas`, `openapi`, `metrics`, `server` (uvicorn with timeouts and a
+clean end).
 """
