@@ -315,6 +315,7 @@ def _measure(
         "latency_ms": took,
         "model_bytes": len(model.data),
     }
+    evaluation["called_unknown"]["expected"] = fitted.called_unknown(len(rows["test"]))
     evidence = Evidence(
         labels=[row.label for row in rows["test"]],
         right=right,
