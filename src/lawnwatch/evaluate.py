@@ -306,6 +306,7 @@ def _measure(
         "latency_ms": took,
         "model_bytes": len(model.data),
     }
+    evaluation["called_unknown"]["expected"] = fitted.called_unknown(len(rows["test"]))
     evidence = Evidence(
         labels=[row.label for row in rows["test"]],
         classes=classes,

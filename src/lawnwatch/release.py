@@ -202,6 +202,7 @@ def model_card(name: str, info: registry.VersionInfo, facts: dict[str, Any], eva
         f"Probabilities are calibrated with temperature {evaluation['temperature']:.2f}, fitted on pictures that the "
         "head had not seen. A picture unlike the training photographs gets a high `unknown_score` "
         f"(threshold {evaluation['unknown']['threshold']:.3f}, {evaluation['unknown']['method']}).",
+        *_called_unknown(evaluation),
         "",
         "## Limits",
         "",
@@ -221,6 +222,19 @@ def model_card(name: str, info: registry.VersionInfo, facts: dict[str, Any], eva
         "",
     ]
     return "\n".join(lines)
+
+
+def _called_unknown(evaluation: dict[str, Any]) -> list[str]:
+    """How often pictures of the classes are called unknown; nothing where an older release measured."""
+    found = evaluation.get("called_unknown", {})
+    if "expected" not in found:
+        return []
+    meant, low, high = 1 - evaluation["unknown"]["accept_rate"], found["expected"]["low"], found["expected"]["high"]
+    return [
+        "",
+        f"Of the test images {found['value']:.1%} are called unknown; {meant:.1%} is meant, of which chance makes "
+        f"{low:.1%} to {high:.1%} on so many.",
+    ]
 
 
 def _figure(value: float | None) -> str:

@@ -320,6 +320,11 @@ def fit(
 ) -> Fitted:
     """Fit the detector, and the threshold that lets the stated share of pictures of the classes pass.
 
+    The threshold is a score by rank among those of n pictures that did not fit it, so that a new picture passes at the
+    stated rate whatever the scores' distribution is (split conformal prediction, Vovk et al. 2005; pooled over folds,
+    where this is nearly so: Vovk 2015, Barber et al. 2021). Too few pictures cannot promise it: then the largest score
+    is the threshold, and the rate that it can promise, n / (n + 1), is recorded.
+
     Args:
         known: (n, d) embeddings of training pictures; labels (n,).
         others: (m, d) embeddings of pictures of other things.
@@ -338,11 +343,30 @@ def fit(
     centre = np.median(two, axis=0)
     scale = np.maximum(two.std(axis=0), 1e-6)
     scores = ((two - centre) / scale).sum(axis=1)
+    n = len(scores)
     # The next number above, because the threshold itself already means unknown.
-    threshold = float(np.nextafter(np.quantile(scores, accept_rate, method="higher"), np.inf))
+    threshold = float(np.nextafter(np.sort(scores)[rank(n, accept_rate) - 1], np.inf))
     whole = statistics(METHOD, known, labels, others)
     whole |= {"centre": centre.astype(np.float32), "scale": scale.astype(np.float32)}
-    return Fitted(Unknown(method=METHOD, threshold=threshold, accept_rate=accept_rate, k=1), whole)
+    spec = Unknown(method=METHOD, threshold=threshold, accept_rate=min(accept_rate, n / (n + 1)), k=1)
+    return Fitted(spec, whole)
+
+
+def rank(n: int, accept_rate: float) -> int:
+    """Which of n held-out scores, from the smallest, is the last that passes; the last of all when n is too small."""
+    return min(n, math.ceil(round((n + 1) * accept_rate, 6)))  # rounded: 100 * 0.97 must not be above 97
+
+
+def called_unknown_range(n: int, accept_rate: float, images: int) -> tuple[float, float]:
+    """Which share of new pictures of the classes is called unknown in 95 % of cases.
+
+    Both the n pictures that the threshold rests on and those that are counted are a draw: beta-binomial (Marques 2023).
+    """
+    from scipy.stats import betabinom  # type: ignore[import-untyped]
+
+    passing = rank(n, accept_rate)
+    low, high = betabinom.ppf([0.025, 0.975], images, n + 1 - passing, passing)
+    return float(low / images), float(high / images)
 
 
 def _two_scores(found: dict[str, NDArray[Any]], embeddings: Floats) -> NDArray[np.float64]:
@@ -371,15 +395,18 @@ def compare(
     *,
     seed: int,
     temperature: float,
+    groups: NDArray[np.int64] | None = None,
 ) -> list[dict[str, Any]]:
     """How well each method tells the classes from kinds of pictures that it has not seen.
 
     Pictures of the classes are scored out of fold; a kind of other pictures is scored by statistics that were fitted
-    without that kind.
+    without that kind. For a linear probe of two classes max_softmax and energy are one score: its logits are ± z / 2,
+    and both put pictures in the order of - |z|.
 
     Args:
         known_logits: (n, k), by heads that were not fitted on the picture.
         kinds: (m,) the kind of each of the other pictures.
+        groups: (n,) copies of one picture share a number and a fold.
 
     Returns:
         For each method its name, `auroc` over all kinds, over `photographs` and over `drawings`, and `rejected`: the
@@ -391,7 +418,7 @@ def compare(
     for method in ("max_softmax", "energy", "knn", "mahalanobis", "background"):
         spec = Unknown.model_validate({"method": method, "threshold": 0, "accept_rate": ACCEPT_RATE, "k": NEIGHBOUR})
         inside, outside = np.zeros(len(known)), np.zeros(len(others))
-        for rest, fold in folds(labels, seed):
+        for rest, fold in folds(labels, seed, groups):
             detector = UnknownDetector(spec, temperature, statistics(method, known[rest], labels[rest], others))
             inside[fold] = detector.scores(known_logits[fold], known[fold])
         # Only the head is shown pictures of other things; the rest of the methods need no leaving out.
@@ -412,7 +439,7 @@ def compare(
             "auroc": _auroc(inside, outside),
             "photographs": _auroc(inside, outside[photograph]),
             "drawings": _auroc(inside, outside[~photograph]),
-            "rejected": round(float((outside > np.quantile(inside, ACCEPT_RATE, method="higher")).mean()), 4),
+            "rejected": round(float((outside > np.sort(inside)[rank(len(inside), ACCEPT_RATE) - 1]).mean()), 4),
             "chosen": method == METHOD,
         }
         for method, (inside, outside) in found.items()

@@ -50,6 +50,9 @@ def evaluation(
         "slices": measure.slices(challenger, {"source host": [HOSTILE] * 75 + ["few.example"] * 5}),
         "robustness": {"images": 80, "unaltered": hits, "altered": {"dark": hits, "JPEG 30": hits}},
         "champion_robustness": {"dark": 1.0, "JPEG 30": 0.9},
+        "unknown": {"accept_rate": 0.97},
+        "called_unknown": measure.share(5, 80) | {"expected": {"low": 0.0, "high": 0.0875}},
+        "unknown_comparison": [],
         "latency_ms": 8.0,
         "model_bytes": 9_000_000,
     }
@@ -88,6 +91,12 @@ def test_a_calibration_error_stands_beside_what_an_honest_model_would_have() -> 
     assert text.count(f"{one['expected']['low']:.3f} to {one['expected']['high']:.3f} if calibrated") == 2
     recorded_before = {"value": 0.021, "low": 0.004, "high": 0.07}
     assert evaluation_report.likely(recorded_before) == "0.004 to 0.070"
+
+
+def test_what_is_called_unknown_stands_beside_what_chance_makes_of_it() -> None:
+    text = evaluation_report.page(run_id="r" * 32, facts=FACTS, evaluation=evaluation(1, 1, ()), pictures=[]).decode()
+    assert "6.2 % (2.7 % to 13.8 %) are called unknown; 3.0 % is meant" in text
+    assert "chance makes 0.0 % to 8.8 % of it" in text
 
 
 def test_what_strangers_wrote_stays_text_and_nothing_is_loaded() -> None:

@@ -284,7 +284,15 @@ def _calibrate(
         known, labels = asked.trained_on(graph)
         detector = unknown.fit(known, labels, strange, seed=seed, held_out=embeddings)
     comparison = unknown.compare(
-        embeddings, logits, asked.labels, strange, strange_logits, kinds, seed=seed, temperature=judged.temperature
+        embeddings,
+        logits,
+        asked.labels,
+        strange,
+        strange_logits,
+        kinds,
+        seed=seed,
+        temperature=judged.temperature,
+        groups=asked.groups,
     )
     confidence, right = p.max(axis=1), p.argmax(axis=1) == asked.labels
     bins = np.minimum((confidence * 10).astype(int), 9)
@@ -308,14 +316,21 @@ class Calibration:
     """What training fitted on held-out pictures for the graph that is served.
 
     Attributes:
+        images: held-out pictures that the temperature and the threshold of "unknown" rest on.
         unknown: how other things are recognised; statistics: the bytes of `unknown.npz`.
         comparison: each method's figures on this run's pictures.
     """
 
     temperature: float
+    images: int
     unknown: bundle.Unknown
     statistics: bytes
     comparison: list[dict[str, Any]]
+
+    def called_unknown(self, images: int) -> dict[str, float]:
+        """Between which shares of so many new pictures of the classes are called unknown, in 95 % of cases."""
+        low, high = unknown.called_unknown_range(self.images, self.unknown.accept_rate, images)
+        return {"low": low, "high": high}
 
 
 def load_calibration(home: Path) -> Calibration:
@@ -329,7 +344,7 @@ def load_calibration(home: Path) -> Calibration:
             f"the run's model has no calibration that this release can read: {error}",
             hint="Train again with this release of lawnwatch.",
         ) from error
-    return Calibration(float(found["temperature"]), spec, statistics, found["unknown_comparison"])
+    return Calibration(float(found["temperature"]), int(found["images"]), spec, statistics, found["unknown_comparison"])
 
 
 def git_commit(settings: Settings) -> str:
