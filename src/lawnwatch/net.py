@@ -20,12 +20,11 @@ import ssl
 import time
 import zlib
 from collections.abc import AsyncIterator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import partial
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -73,6 +72,7 @@ HEADERS = (
     (b"Accept", b"image/*"),
     (b"Accept-Encoding", b"identity"),
 )
+RESOLVERS = 256  # names looked up at once; one whose server is silent holds its thread for some 20 s, wanted or not
 DRAIN_BYTES = 65_536  # the longest unwanted body that is read, so that its connection can be used again
 
 logger = log.get(__name__)
@@ -155,7 +155,8 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
         self._allowed = tuple(allowed)
         self._inner = httpcore.AnyIOBackend()
         # Of its own: a name server that is silent must not hold the few threads that everything else shares.
-        self._resolvers = ThreadPoolExecutor(max_workers=32, thread_name_prefix="resolve")
+        self._resolvers = ThreadPoolExecutor(max_workers=RESOLVERS, thread_name_prefix="resolve")
+        self._free = asyncio.Semaphore(RESOLVERS)
 
     async def connect_tcp(
         self,
@@ -165,10 +166,14 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """Connect to the first address that answers; `timeout` holds for name and addresses together."""
+        """Connect to the first address that answers; `timeout` holds for name and addresses together.
+
+        It begins with the look for the name: that those of other hosts take all threads is not this host's fault.
+        """
+        looking = await self._look_up(host, port)
         try:
             async with asyncio.timeout(timeout):
-                addresses = await self._resolve(host, port)
+                addresses = await self._resolved(host, looking)
                 for number, address in enumerate(addresses, start=1):
                     try:
                         return await self._inner.connect_tcp(address, port, timeout, local_address, socket_options)
@@ -179,10 +184,22 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
             raise httpcore.ConnectTimeout(f"no connection to {host} within {timeout:g} s") from None
         raise httpcore.ConnectError(f"{host} has no address")
 
-    async def _resolve(self, host: str, port: int) -> list[str]:
-        look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    async def _look_up(self, host: str, port: int) -> Future[Any]:
+        """Ask for a name's addresses as soon as a thread is free."""
+        loop = asyncio.get_running_loop()
+
+        def freed(_: object) -> None:
+            with suppress(RuntimeError):  # the run ended before the name server answered
+                loop.call_soon_threadsafe(self._free.release)
+
+        await self._free.acquire()
+        looking = self._resolvers.submit(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        looking.add_done_callback(freed)
+        return looking
+
+    async def _resolved(self, host: str, looking: Future[Any]) -> list[str]:
         try:
-            found = await asyncio.get_running_loop().run_in_executor(self._resolvers, look_up)
+            found = await asyncio.wrap_future(looking)
         except (OSError, UnicodeError) as error:
             raise httpcore.ConnectError(f"{host} has no address: {error}") from error
         addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))

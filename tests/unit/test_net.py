@@ -842,6 +842,52 @@ async def test_21_a_silent_name_server_counts_as_the_connection(monkeypatch: pyt
     assert caught.value.reason == "timeout"
 
 
+class Silent:
+    """Names that begin with `silent` get no answer until somebody wakes their server; all others are this machine."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.awake, self.asked, self.real = threading.Event(), threading.Semaphore(0), socket.getaddrinfo
+        monkeypatch.setattr(socket, "getaddrinfo", self.getaddrinfo)
+
+    def getaddrinfo(self, host: str, *args: Any, **options: Any) -> Any:
+        if host.startswith("silent"):
+            self.asked.release()
+            self.awake.wait(20)
+            raise socket.gaierror(-3, "Temporary failure in name resolution")
+        return self.real("127.0.0.1", *args, **options)
+
+
+async def test_21_many_silent_names_leave_room_for_others(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given up after `connect_timeout`, each still holds a thread for as long as the resolver waits for its server."""
+    silent, port = Silent(monkeypatch), web.server_address[1]
+    web.pages["/a"] = answer()
+    async with Fetcher(settings(connect_timeout=0.3, attempts=1, concurrency=32)) as fetcher:
+        names = [f"http://silent{number}.example:{port}/a" for number in range(64)]
+        lost = await asyncio.gather(*(fetcher.fetch(name) for name in names), return_exceptions=True)
+        assert [each.reason for each in lost if isinstance(each, FetchFailed)] == ["timeout"] * 64
+        async with asyncio.timeout(10):
+            assert (await fetcher.fetch(f"http://good.example:{port}/a")).data == b"picture"
+        silent.awake.set()
+
+
+async def test_21_waiting_for_the_names_of_others_is_not_the_hosts_own_time(
+    web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(net, "RESOLVERS", 4)
+    silent, port = Silent(monkeypatch), web.server_address[1]
+    web.pages["/a"] = answer()
+    async with Fetcher(settings(connect_timeout=0.4, attempts=1)) as fetcher:
+        lost = [asyncio.create_task(fetcher.fetch(f"http://silent{n}.example:{port}/a")) for n in range(4)]
+        for _ in lost:
+            await asyncio.to_thread(silent.asked.acquire)
+        good = [asyncio.create_task(fetcher.fetch(f"http://good{n}.example:{port}/a")) for n in range(4)]
+        await asyncio.gather(*lost, return_exceptions=True)
+        await asyncio.sleep(0.5)  # all threads are held for longer than a connection may take
+        assert not any(task.done() for task in good)
+        silent.awake.set()
+        assert [fetched.data for fetched in await asyncio.gather(*good)] == [b"picture"] * 4
+
+
 async def test_one_host_gets_no_more_than_its_share(web: Web) -> None:
     now, most, lock = 0, 0, threading.Lock()
 
