@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import socket
@@ -12,8 +13,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from select import select
 
+import numpy as np
 import pytest
 import sqlalchemy as sa
+from PIL import Image
 
 import serving_bundle as sb
 from api_process import Api, form, problem, wait_for
@@ -238,6 +241,39 @@ def test_46_many_of_the_largest_pictures_at_once_stay_within_bounded_memory(star
     assert set(answers) <= {200, 503} and 200 in answers
     wait_for(lambda: api.metric("lawnwatch_body_held_bytes") == 0)
     assert api.metric("process_resident_memory_bytes") < 400_000_000
+
+
+def test_46_slow_readers_of_large_pictures_hold_pieces_of_them(start: Callable[..., Api]) -> None:
+    api = start()
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(46).integers(0, 256, (2550, 2550, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, "PNG", compress_level=0)
+    data = buffer.getvalue()
+    path = f"/predictions/{api.predict(data).json['prediction_id']}/image"
+    whole = wait_for(lambda: (found := api.get(path)).status == 200 and found)
+    assert whole.body == data and int(whole.headers["content-length"]) == len(data) > 19_000_000
+    assert whole.headers["content-type"] == "image/png"
+    time.sleep(2)  # a trim of the heap
+    before = api.metric("process_resident_memory_bytes")
+    with contextlib.ExitStack() as held:
+        for n in range(60):
+            sock = held.enter_context(socket.socket())
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.bind((f"127.0.0.{2 + n % 4}", 0))
+            sock.connect(("127.0.0.1", api.port))
+            sock.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        wait_for(lambda: api.metric("lawnwatch_http_requests_in_flight") > 60)
+        assert api.metric("process_resident_memory_bytes") - before < 60_000_000  # two pictures and a half were 50
+        # Who reads slowly holds up nobody, and gets all of it as long as it reads on.
+        assert api.get(path).body == data
+        assert api.predict(sb.picture(sb.YELLOW)).status == 200
+        got = sock.recv(1000)
+        while len(got) < 300_000:
+            got += sock.recv(65536)
+        assert data.startswith(got.partition(b"\r\n\r\n")[2])
+    wait_for(lambda: api.metric("lawnwatch_http_requests_in_flight") == 1)
+    assert api.metric("process_open_fds") < 60  # the store's files are closed, too
+    assert api.stop() == 0 and "Traceback" not in api.log_text()
 
 
 def test_48_no_secret_is_said_anywhere(start: Callable[..., Api]) -> None:

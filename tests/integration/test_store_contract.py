@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lawnwatch.config import Settings
 from lawnwatch.errors import InputError, IntegrityError, NotFound
+from lawnwatch.serving.kept import PIECE, Kept
 from lawnwatch.store import LocalStore, ObjectInfo, ObjectStore, open_store, s3
 from lawnwatch.store.s3 import S3Store
 
@@ -78,6 +81,42 @@ def test_open_streams(store: ObjectStore) -> None:
     with store.open("a") as stream:  # one that was left half read disturbs none that follows
         stream.read(10)
     assert store.get("a") == data
+
+
+async def test_an_answer_sends_an_object_in_pieces_and_closes_it(store: ObjectStore) -> None:
+    data = os.urandom(300_000)
+    store.put("a", data)
+    store.put("empty", b"")
+    for key, expected in (("a", data), ("empty", b"")):
+        answer = Kept(store, key, "image/png")
+        sent: list[Any] = []
+
+        async def send(message: Any, into: list[Any] = sent) -> None:
+            into.append(message)
+
+        await answer({"type": "http"}, asyncio.Queue().get, send)
+        assert sent[0]["status"] == 200 and (b"content-length", str(len(expected)).encode()) in sent[0]["headers"]
+        assert b"".join(each["body"] for each in sent[1:]) == expected
+        assert max(len(each["body"]) for each in sent[1:]) <= PIECE
+        assert answer._pieces.gi_frame is None
+    with pytest.raises(NotFound):
+        Kept(store, "nothing", "image/png")
+
+
+async def test_an_answer_whose_reader_goes_away_ends_and_closes_its_object(store: ObjectStore) -> None:
+    store.put("a", os.urandom(300_000))
+    answer = Kept(store, "a", "image/png")
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()  # nobody reads
+
+    async def receive() -> Any:
+        await asyncio.sleep(0.1)
+        return {"type": "http.disconnect"}
+
+    await asyncio.wait_for(answer({"type": "http"}, receive, send), 5)
+    assert answer._pieces.gi_frame is None
 
 
 def test_what_the_reader_raises_stays_what_it_is(store: ObjectStore) -> None:

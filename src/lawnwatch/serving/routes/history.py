@@ -14,6 +14,7 @@ from lawnwatch import predictions
 from lawnwatch.errors import NotFound
 from lawnwatch.serving import openapi, schemas
 from lawnwatch.serving.api import Api, media_type
+from lawnwatch.serving.kept import Kept
 
 UUID: dict[str, Any] = {"format": "uuid", "examples": ["0198f2a4-7c1e-7b3a-9c55-3f0d1f2e4a6b"]}
 
@@ -102,7 +103,7 @@ def add(app: FastAPI, api: Api) -> None:
                 f"The picture of prediction {one.prediction_id} was not kept.",
                 hint="LAWNWATCH_SERVING__RECORD_IMAGES says which pictures are kept.",
             )
-        return Response(api.store.get(one.image_key), media_type=media_type(one.image_format))
+        return Kept(api.store, one.image_key, media_type(one.image_format))
 
 
 def _one(api: Api, prediction_id: str) -> predictions.Prediction:

@@ -10,6 +10,7 @@ from fastapi.responses import HTMLResponse, Response
 from lawnwatch.errors import NotFound
 from lawnwatch.serving import openapi
 from lawnwatch.serving.api import Api
+from lawnwatch.serving.kept import Kept
 
 ID = re.compile(r"[0-9a-f]{32}")
 
@@ -33,7 +34,7 @@ def add(app: FastAPI, api: Api) -> None:
                 "There is no quality report yet." if report == "latest" else "There is no such quality report.",
                 hint="`lawnwatch data quality` makes one.",
             )
-        return HTMLResponse(api.store.get(key))
+        return Kept(api.store, key, HTMLResponse.media_type)
 
     @app.get(
         "/reports/evaluation/{run}",
@@ -49,6 +50,6 @@ def add(app: FastAPI, api: Api) -> None:
         if not ID.fullmatch(run):
             raise missing
         try:
-            return HTMLResponse(api.store.get(f"reports/evaluation/{run}.html"))
+            return Kept(api.store, f"reports/evaluation/{run}.html", HTMLResponse.media_type)
         except NotFound:
             raise missing from None
