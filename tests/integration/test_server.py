@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -22,16 +23,21 @@ from lawnwatch.serving.server import Server, config, listen
 pytestmark = pytest.mark.integration
 
 BIG = 30_000_000
+unstuck = threading.Event()
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
-    """/big is more than the sockets' buffers hold; /wait never answers; /full has no room; /echo says what it got."""
+    """/big is more than the buffers hold; /wait never answers; /full has no room; /echo says what it got; /stuck keeps a
+    thread.
+    """
     if scope["type"] == "lifespan":
         while True:
             kind = (await receive())["type"]
             await send({"type": f"{kind}.complete"})
             if kind == "lifespan.shutdown":
                 return
+    if scope["path"] == "/stuck":
+        await asyncio.get_running_loop().run_in_executor(None, unstuck.wait)
     if scope["path"] == "/wait":
         while (await receive())["type"] != "http.disconnect":
             pass
@@ -304,3 +310,21 @@ async def test_the_scheduling_class_after_a_crowd_is_the_one_before(chosen: int)
             assert os.sched_getscheduler(0) == chosen
     finally:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
+async def test_44_a_thread_that_does_not_come_back_is_left_behind(capfd: pytest.CaptureFixture[str]) -> None:
+    unstuck.clear()
+    try:
+        async with serving(finish_seconds=0.3) as (running, port):
+            await connected(port, get("/stuck"))
+            await until(lambda: running.server_state.tasks)
+            (task,) = running.server_state.tasks
+            begun = time.monotonic()
+            running.should_exit = True
+            await until(lambda: running.lifespan.shutdown_event.is_set())
+            assert time.monotonic() - begun < 0.3 + server.NOTICE_SECONDS + 1
+            assert not task.done(), "it was cancelled"
+    finally:
+        unstuck.set()
+    await task
+    assert "Traceback" not in "".join(capfd.readouterr())

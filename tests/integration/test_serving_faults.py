@@ -221,6 +221,20 @@ def test_28_questions_to_a_database_that_hangs_do_not_hide_the_metrics(start: Ca
         api.stop(signal.SIGKILL)
 
 
+def test_44_a_question_to_a_database_that_hangs_does_not_keep_the_process_from_ending(
+    start: Callable[..., Api],
+) -> None:
+    with silent_server() as port:
+        api = start(LAWNWATCH_DATABASE_URL=f"mysql+pymysql://someone:of-our-own@127.0.0.1:{port}/nothing")
+        assert api.predict(sb.picture(sb.YELLOW)).status == 200  # and its record waits, too
+        with question(api, "/predictions"):
+            time.sleep(1)
+            begun = time.monotonic()
+            assert api.stop() == 0
+            assert time.monotonic() - begun < 29
+        assert "requests left behind" in api.log_text() and "Traceback" not in api.log_text()
+
+
 def test_44_a_slow_sender_does_not_keep_the_process_from_ending(start: Callable[..., Api]) -> None:
     api = start(LAWNWATCH_SERVING__REQUEST_TIMEOUT="3")
     with socket.create_connection(("127.0.0.1", api.port), timeout=20) as sock:

@@ -393,6 +393,23 @@ def test_the_threads_of_records_and_keys_outlive_any_fault(
     ring.stop()
 
 
+def test_44_work_that_does_not_end_keeps_no_record_from_being_written(settings: Settings) -> None:
+    api = Api(settings)
+    api.start()
+    endless = threading.Event()
+    try:
+        for _ in range(settings.serving.threads + 1):
+            api.pool.submit(partial(endless.wait, 30))  # long enough to be waited for
+        soon(lambda: api.pool.waiting == 1)
+        api.record(prediction(), None)
+        begun = time.monotonic()
+        api.stop()
+        assert time.monotonic() - begun < 10
+        assert len(list_predictions(api.database).items) == 1
+    finally:
+        endless.set()
+
+
 def test_the_api_brings_the_tables_up_to_date_at_first_use(settings: Settings) -> None:
     assert list_predictions(Api(settings).database).items == []
 

@@ -72,7 +72,7 @@ class Api:
         self.watcher.stop()
         if self.ring is not None:
             self.ring.stop()
-        self.pool.shutdown(wait=True, cancel_futures=True)
+        self.pool.shutdown(wait=False, cancel_futures=True)  # nobody waits for what it still works on
         if self.writer is not None and not self.writer.close():
             logger.error("predictions were not all written", drops=dict(self.writer.drops))
 

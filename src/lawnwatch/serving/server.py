@@ -7,16 +7,18 @@ import contextlib
 import ctypes
 import errno
 import gc
+import logging
 import math
 import os
 import resource
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
 from http import HTTPStatus
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import httptools
 import uvicorn
@@ -48,6 +50,7 @@ READ_AGAIN_PER_SECOND = 300
 # From the end of draining to that of the process are 30 s: these for what is under way, 1 for it to notice that it was
 # cut, 5 for the watcher, 11 for the records, 1 to spare. The chart kills 5 s later.
 FINISH_SECONDS = 12.0
+NOTICE_SECONDS = 1.0
 # glibc's mallopt: one heap for all threads, and what is larger than a small photo goes back to the system at once.
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
 LARGE_BYTES = 1 << 20
@@ -326,13 +329,21 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let what is under way finish, in bounds, then end the application."""
-        asyncio.get_running_loop().call_later(self._finish_seconds, self._cut_all)
+        loop = asyncio.get_running_loop()
+        loop.call_later(self._finish_seconds, self._cut_all)
+        loop.call_later(self._finish_seconds + NOTICE_SECONDS, self._leave_all)
         await super().shutdown(sockets)
 
     def _cut_all(self) -> None:
         """Requests whose client is gone end by themselves, where those that are cancelled leave a traceback."""
         for each in list(self.server_state.connections):
             each.transport.abort()
+
+    def _leave_all(self) -> None:
+        """What a thread works on or waits for cannot be cancelled; uvicorn would try, with a traceback for each."""
+        if self.server_state.tasks:
+            logger.warning("requests left behind", count=len(self.server_state.tasks))
+            self.server_state.tasks.clear()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -360,7 +371,7 @@ def config(app: Any, *, finish_seconds: float) -> uvicorn.Config:
     """uvicorn's settings for this API.
 
     Args:
-        finish_seconds: when `Server` cuts the connections; uvicorn cancels what is still there a second later.
+        finish_seconds: when `Server` cuts the connections; it leaves what is still there a second later.
     """
     return uvicorn.Config(
         app,
@@ -375,12 +386,12 @@ def config(app: Any, *, finish_seconds: float) -> uvicorn.Config:
         proxy_headers=False,
         backlog=2048,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=math.ceil(finish_seconds) + 1,
+        timeout_graceful_shutdown=math.ceil(finish_seconds + NOTICE_SECONDS) + 1,  # never reached
     )
 
 
 def run(settings: Settings) -> None:
-    """Serve until a signal ends it: not ready, drain, flush the records, return.
+    """Serve until a signal ends it: not ready, drain, flush the records, end the process with 0.
 
     Raises:
         SettingsError: the address cannot be listened on.
@@ -396,13 +407,25 @@ def run(settings: Settings) -> None:
     app = create_app(settings, watcher)
     logger.info("serving", address=f"http://{serving.host}:{sock.getsockname()[1]}")
     finish = min(serving.request_timeout, FINISH_SECONDS)
-    Server(
+    server = Server(
         config(app, finish_seconds=finish),
         drain_seconds=serving.drain_seconds,
         finish_seconds=finish,
         on_drain=app.state.api.drain,
         crowded=app.state.api.crowded,
-    ).run([sock])
+    )
+    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+        runner.run(server.serve([sock]))
+        if server.started:
+            _end()
+
+
+def _end() -> NoReturn:
+    """All is written. Python would wait now for threads that wait for a frozen database, or work on what never ends."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _open_files() -> int:
