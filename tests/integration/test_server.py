@@ -27,9 +27,7 @@ unstuck = threading.Event()
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
-    """/big is more than the buffers hold; /wait never answers; /full has no room; /echo says what it got; /stuck keeps a
-    thread.
-    """
+    """/big overfills the buffers; /wait never answers; /full has no room; /echo says what it got; /stuck keeps a thread."""
     if scope["type"] == "lifespan":
         while True:
             kind = (await receive())["type"]
