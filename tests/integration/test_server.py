@@ -27,7 +27,7 @@ unstuck = threading.Event()
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
-    """/big overfills the buffers; /wait never answers; /full has no room; /echo says what it got; /stuck keeps a thread."""
+    """/big overfills the buffers, /full has no room, /wait never answers, /stuck keeps a thread, /echo repeats."""
     if scope["type"] == "lifespan":
         while True:
             kind = (await receive())["type"]
