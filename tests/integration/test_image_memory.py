@@ -1,4 +1,4 @@
-"""What the largest pictures cost while they are decoded (FAULTS 7, 46): a pod of 1 GiB must outlive them."""
+"""What the largest pictures, and a network, cost in memory (FAULTS 7, 46): a pod must outlive them."""
 
 from __future__ import annotations
 
@@ -112,3 +112,20 @@ def _cost(small: Path, large: Path) -> int:
         [sys.executable, "-c", DECODE, small, large], capture_output=True, text=True, check=True, timeout=120
     )
     return int(ran.stdout)
+
+
+SCALE = """
+import numpy as np
+from lawnwatch import model
+model.start(0, "cpu")
+pictures = np.random.default_rng(0).integers(0, 255, (64, 224, 224, 3), np.uint8)
+model.load_network(model.Weights("none", "none"), scale_on=pictures)
+print(next(line.split()[1] for line in open("/proc/self/status") if "VmHWM" in line))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_46_a_network_without_weights_fits_the_pod_of_a_training() -> None:
+    ended = subprocess.run([sys.executable, "-c", SCALE], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert int(ended.stdout.split()[-1]) * 1024 < 2_500_000_000, "of 4 GB, beside what a training itself takes"
