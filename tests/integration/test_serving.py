@@ -710,10 +710,10 @@ def test_a_rollout_is_confirmed_and_undone_without_a_failed_request(start: Calla
 
 def test_44_sigterm_drains_flushes_and_exits_with_zero(start: Callable[..., Api]) -> None:
     api = start(LAWNWATCH_SERVING__DRAIN_SECONDS="3", LAWNWATCH_SERVING__THREADS="1")
-    data = sb.picture(sb.YELLOW, size=(4000, 3000))
+    data = sb.picture(sb.YELLOW, size=(5000, 4000), progressive=True)  # an eighth of a second each
     with ThreadPoolExecutor(9) as pool:
         waiting = [pool.submit(api.predict, data) for _ in range(8)]
-        wait_for(lambda: api.metric("lawnwatch_places_taken") >= 4 and api.metric("lawnwatch_predict_queue") >= 3)
+        wait_for(lambda: api.metric("lawnwatch_predict_queue") >= 3)
         assert api.process is not None
         api.process.send_signal(signal.SIGTERM)
         problem(wait_for(lambda: (found := api.get("/ready")).status == 503 and found, 2), 503, "draining")
