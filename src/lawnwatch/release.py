@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lawnwatch import bundle, evaluation_report, images, registry
+from lawnwatch import bundle, evaluation_report, images, model, registry
 from lawnwatch.catalog import Catalog
 from lawnwatch.config import Settings
 from lawnwatch.errors import DataError, IntegrityError, NotFound
 from lawnwatch.store import ObjectStore
+from lawnwatch.train.export import SMALL
 
 GOLDEN_PER_CLASS = 2
 # Of a golden probability. On other kernels of one processor, LiteRT's own in place of XNNPACK's, a float32 graph was
@@ -229,8 +230,7 @@ def model_card(name: str, info: registry.VersionInfo, facts: dict[str, Any], eva
     lines = [
         f"# {name} v{info.version}",
         "",
-        f"Tells {', '.join(facts['classes'])} apart in photographs. MobileNetV2 at 224 × 224, candidate "
-        f"`{facts['candidate']}`, LiteRT {facts['served']}.",
+        f"Tells {', '.join(facts['classes'])} apart in photographs. {_served(facts)}",
         "",
     ]
     if facts["samples"]:
@@ -274,6 +274,16 @@ def model_card(name: str, info: registry.VersionInfo, facts: dict[str, Any], eva
         "",
     ]
     return "\n".join(lines)
+
+
+def _served(facts: dict[str, Any]) -> str:
+    """Which graph answers: the candidate's own, or the one on smaller pictures, whose head was distilled from it."""
+    arithmetic = facts["variants"][facts["served"]]["arithmetic"]
+    if facts["served"] == SMALL:
+        side, head = model.SMALL_SIZE, f"its head `small_input` distilled from `{facts['candidate']}`"
+    else:
+        side, head = model.SIZE, f"candidate `{facts['candidate']}`"
+    return f"Served is MobileNetV2 at {side} × {side} pixels, {head}, in LiteRT with {arithmetic} arithmetic."
 
 
 def _called_unknown(evaluation: dict[str, Any]) -> list[str]:
