@@ -171,7 +171,9 @@ def serving(found: bundle.Bundle, change: Callable[[np.ndarray], np.ndarray] = l
     return predict
 
 
-def test_golden_answers_catch_another_resize_channel_order_and_class_order(champion: Road) -> None:
+def test_golden_answers_catch_another_resize_channel_order_and_class_order(
+    champion: Road, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import cv2
 
     found = bundle.read(champion.store, str(registry.show(champion.settings, champion.catalog).bundle_sha256))
@@ -194,6 +196,17 @@ def test_golden_answers_catch_another_resize_channel_order_and_class_order(champ
         return dict(zip(answer, reversed(answer.values()), strict=True))
 
     assert not bundle.check_golden(found, swapped).ok
+
+    if weights == "none":  # a network that has learned nothing may not mind
+        return
+    # The branch that pictures from phones take, which pictures from the web are too small for.
+    for filter_of_shrinking in (cv2.INTER_NEAREST, cv2.INTER_LINEAR):
+        monkeypatch.setattr(cv2, "INTER_AREA", filter_of_shrinking)
+        report = bundle.check_golden(found, serving(found))
+        assert not report.ok and report.worst == "golden/phone.jpg"
+    monkeypatch.undo()
+    monkeypatch.setattr(images, "TURNS", {})
+    assert bundle.check_golden(found, serving(found)).worst == "golden/phone.jpg"
 
 
 # --- challengers --------------------------------------------------------------------------------------------
