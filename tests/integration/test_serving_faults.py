@@ -92,6 +92,7 @@ def test_12_a_flood_of_questions_does_not_starve_who_sends_pictures(start: Calla
             while not stop.is_set():
                 sock.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
                 head, _, body = sock.recv(65536).partition(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 200"), head
                 left = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0]) - len(body)
                 while left > 0:
                     left -= len(sock.recv(65536))

@@ -18,12 +18,12 @@ from lawnwatch.serving import problems
 from lawnwatch.serving.admission import Admission
 
 # Seconds of a client's share that a question takes: what memory answers; one record or picture; a page of records, or
-# of another kind, which is large. A core works for a fifth of them at most.
+# of another kind, which is large. A core works for less than a third of them.
 IN_MEMORY, ONE, PAGE = 1 / 200, 1 / 100, 1 / 10
 SAVED = 2.0  # seconds of its share that a client may use at once
 PATIENCE = 5.0  # longest that a question waits for its turn, and then for a thread
 THREADS = 2  # that work for one client: more would wait for the GIL in front of those that predict
-UNDER_WAY = 32  # of a client's questions: those that wait for a thread, have it, or whose answer is being sent
+UNDER_WAY = 64  # of a client's questions: those that wait for a thread, have it, or whose answer is being sent
 # How a machine asks whether the server lives is never refused, and waits no longer than this.
 PROBES = frozenset({"/health", "/ready", "/metrics", "/v2/health/live", "/v2/health/ready"})
 PROBE_PATIENCE = 0.25
