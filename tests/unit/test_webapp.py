@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import base64
 import gc
 import http.server
 import io
 import json
+import re
 import struct
 import sys
 import threading
@@ -767,7 +767,5 @@ def test_an_api_that_is_down_or_slow_is_counted(stub: Stub, monkeypatch: pytest.
 def test_the_web_app_needs_nothing_of_lawnwatch() -> None:
     """Its image installs Streamlit and a few small packages; an import of lawnwatch would break there."""
     for source in WEBAPP.rglob("*.py"):
-        for node in ast.walk(ast.parse(source.read_text())):
-            names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not [name for name in names if name.split(".")[0] == "lawnwatch"], source
+        # Not with `ast`, which in Python 3.11 fails now and then beside another thread that parses, as Streamlit's do.
+        assert not re.search(r"^\s*(import|from)\s+lawnwatch\b", source.read_text(), re.MULTILINE), source
