@@ -268,28 +268,20 @@ def test_29_an_outage_of_the_store_blames_no_image_and_stops_the_fetching(
     assert len(list(store.list())) == 40
 
 
-def test_a_refusal_of_the_store_is_not_the_images_fault(
-    settings: Settings, catalog: Catalog, store: LocalStore, web: Web, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "fault",
+    [SettingsError("The store refused the keys."), RuntimeError("nobody foresaw this")],
+    ids=["refused", "unforeseen"],
+)
+def test_what_the_store_refuses_ends_the_run_and_blames_no_image(
+    settings: Settings, catalog: Catalog, store: LocalStore, web: Web, monkeypatch: pytest.MonkeyPatch, fault: Exception
 ) -> None:
     def refused(*_: Any, **__: Any) -> ObjectInfo:
-        raise SettingsError("The store refused the keys.")
+        raise fault
 
     publish(web, catalog, {"1.jpg": picture(1)})
     monkeypatch.setattr(store, "put", refused)
-    with pytest.raises(SettingsError):
-        ingest.run(settings, catalog, store)
-    assert catalog.status().by_state == {"pending": 1}
-
-
-def test_what_nobody_foresaw_of_the_store_ends_the_run_and_blames_no_image(
-    settings: Settings, catalog: Catalog, store: LocalStore, web: Web, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: Any, **__: Any) -> ObjectInfo:
-        raise RuntimeError("nobody foresaw this")
-
-    publish(web, catalog, {"1.jpg": picture(1)})
-    monkeypatch.setattr(store, "put", broken)
-    with pytest.raises(RuntimeError, match="nobody foresaw this"):
+    with pytest.raises(type(fault), match=str(fault)):
         ingest.run(settings, catalog, store)
     assert catalog.status().by_state == {"pending": 1}
 
