@@ -834,10 +834,17 @@ def fail(error: LawnwatchError) -> int:
 
 
 def fault(error: Exception) -> LawnwatchError:
-    """What no step foresaw: a fault of ours, but for an argument that is not text, which a database cannot take."""
+    """What no step foresaw: a fault of ours, but for an argument that is not text, which a database cannot take, and a
+    package that this installation does without, as that of the serving image does without MLflow.
+    """
     odd = [word for word in sys.argv[1:] if word.encode(errors="ignore").decode() != word]
     if isinstance(error, UnicodeEncodeError) and odd:
         return InputError(f"An argument is not text in UTF-8; received {odd[0][:80]!r}.", hint="Write it in UTF-8.")
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != "lawnwatch":
+        return SettingsError(
+            f"This command needs the package {error.name}, which this installation of lawnwatch does not have.",
+            hint="Run it where the pipelines run, such as in the scheduler's pod, or install lawnwatch[pipeline].",
+        )
     return LawnwatchError(f"A fault of ours: {type(error).__name__}: {error}.", hint=keep_traceback())
 
 

@@ -166,6 +166,14 @@ def test_a_fault_of_ours_is_said_and_kept_even_where_home_takes_no_file(
     assert "Traceback" in kept.read_text() and str(kept) in str(said["hint"])
 
 
+def test_a_package_that_this_installation_does_without_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the serving image, which has no MLflow."""
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    code, said, _ = run("model", "list")
+    assert (code, said["error"]) == (2, "settings")
+    assert "needs the package mlflow" in said["message"] and "scheduler" in said["hint"]
+
+
 def test_it_runs_as_a_process_of_its_own(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "lawnwatch", "catalog", "status"],
