@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import io
+import json
 import os
 import re
 import shutil
@@ -345,6 +346,19 @@ def test_10_slow_senders_do_not_stop_the_others(start: Callable[..., Api]) -> No
         sock.close()
     wait_for(lambda: api.metric("lawnwatch_places_taken") == 0 and api.metric("lawnwatch_slow_senders") == 0)
     assert api.metric("lawnwatch_body_held_bytes") == 0
+
+
+def test_what_is_no_request_is_answered_like_one_and_counted(api: Api) -> None:
+    with socket.create_connection(("127.0.0.1", api.port), timeout=20) as sock:
+        sock.sendall(b"nonsense\r\n\r\n")
+        answer = http.client.HTTPResponse(sock)
+        answer.begin()
+        assert (answer.status, json.load(answer)["code"]) == (400, "bad_request")
+    usual = api.get("/health").headers
+    once = {"content-length", "content-type", "date", "x-request-id"}
+    for name in usual.keys() - once:
+        assert answer.headers[name] == usual[name], name
+    assert api.metric('lawnwatch_http_requests_total{method="other",route="other",status="400"}') == 1
 
 
 def test_10_a_head_that_never_ends_is_cut(api: Api) -> None:

@@ -97,6 +97,10 @@ class Metrics:
             self.refused.labels(reason)
         self._rendered, self._rendered_at = b"", float("-inf")
 
+    def count_refusal(self, status: int) -> None:
+        """Count what the server refused before it was a request of this API."""
+        self.requests.labels("other", "other", str(status)).inc()
+
     def observe(self, families: Callable[[], Iterable[Metric]]) -> None:
         """Add series whose values are asked for at each scrape."""
         self.registry.register(_Asked(families))

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from http import HTTPStatus
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import httptools
 import uvicorn
@@ -68,6 +68,7 @@ class TimedProtocol(HttpToolsProtocol):
     """
 
     max_connections = MAX_CONNECTIONS
+    on_refusal: ClassVar[Callable[[int], None] | None] = None  # told the status
     _last_turn = 0.0  # of all connections: when the last of those that rest is read again, in the loop's time
     _clock: asyncio.TimerHandle | None = None
     _in_message = False
@@ -92,7 +93,7 @@ class TimedProtocol(HttpToolsProtocol):
                 each.transport.close()
                 return
         self._refuse(
-            503, "overloaded", "Too many connections are open.", "Try again in a moment.", b"retry-after: 1\r\n"
+            503, "overloaded", "Too many connections are open.", "Try again in a moment.", (b"retry-after", b"1")
         )
 
     @property
@@ -232,17 +233,27 @@ class TimedProtocol(HttpToolsProtocol):
         what = f"More than {MAX_HEAD_BYTES} bytes follow the body's last."
         self._refuse(431, "head_too_large", what, "Send fewer or shorter trailers.")
 
-    def _refuse(self, status: int, code: str, detail: str, hint: str = "", headers: bytes = b"") -> None:
+    def _refuse(self, status: int, code: str, detail: str, hint: str = "", *headers: tuple[bytes, bytes]) -> None:
         """Answer before there is a request, and end the connection."""
+        from lawnwatch.serving.envelope import CLOSED_POLICY, SECURITY_HEADERS
+
         if self.transport.is_closing():
             return
         body = bytes(problems.problem(status, code, detail, hint).body)
-        self.transport.write(
-            b"HTTP/1.1 %d %b\r\ncontent-type: application/problem+json\r\nx-request-id: %b\r\n%b"
-            b"connection: close\r\ncontent-length: %d\r\n\r\n%b"
-            % (status, HTTPStatus(status).phrase.encode(), random_bytes(16).hex().encode(), headers, len(body), body)
+        head = (
+            (b"content-type", b"application/problem+json"),
+            (b"x-request-id", random_bytes(16).hex().encode()),
+            *SECURITY_HEADERS,
+            (b"content-security-policy", CLOSED_POLICY),
+            *headers,
+            (b"connection", b"close"),
+            (b"content-length", b"%d" % len(body)),
         )
+        first = b"HTTP/1.1 %d %b\r\n" % (status, HTTPStatus(status).phrase.encode())
+        self.transport.write(first + b"".join(b"%b: %b\r\n" % each for each in head) + b"\r\n" + body)
         self.transport.close()
+        if TimedProtocol.on_refusal is not None:
+            TimedProtocol.on_refusal(status)
 
     def _arm(self, seconds: float) -> None:
         self._disarm()
@@ -405,6 +416,7 @@ def run(settings: Settings) -> None:
     from lawnwatch.serving.app import create_app
 
     app = create_app(settings, watcher)
+    TimedProtocol.on_refusal = app.state.api.metrics.count_refusal
     logger.info("serving", address=f"http://{serving.host}:{sock.getsockname()[1]}")
     finish = min(serving.request_timeout, FINISH_SECONDS)
     server = Server(
