@@ -43,7 +43,7 @@ def test_the_run_page_answers_what_it_was_trained_on_and_how_good_it_is(trained:
 
 
 def test_30_35_a_killed_run_and_one_without_mlflow_continue_from_their_checkpoints(
-    road: Road, monkeypatch: pytest.MonkeyPatch
+    road: Road, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     """Cut off after the probe, then MLflow dies after the work was done: what was done is not done again."""
     for variable in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
@@ -96,6 +96,7 @@ def test_30_35_a_killed_run_and_one_without_mlflow_continue_from_their_checkpoin
     assert sum("kept from" in line for line in lines) == len(result.candidates) + 1, lines
     assert result.run_id != road.result.run_id
     assert not work.exists()
+    assert not [str(one) for one in recwarn if "/mlflow/" in one.filename], "its advice is not for who trains"
 
 
 def test_what_was_trained_and_is_no_champion_yet_is_not_trained_again(trained: Road) -> None:

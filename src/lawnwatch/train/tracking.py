@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import time
+import warnings
 from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata
@@ -34,7 +35,8 @@ def record(
     force: bool,
 ) -> str:
     """One MLflow run with a nested run a candidate. The tag `lawnwatch.complete` is written last."""
-    with registry.tracking(settings) as client:
+    # MLflow's advice to programmers would stand, in colours, between the lines that a person reads.
+    with registry.tracking(settings) as client, warnings.catch_warnings(record=True):
         half = work / "run_id"
         if half.exists():  # logged in part before MLflow went away
             with suppress(NotFound):
