@@ -76,6 +76,7 @@ def model_info(**changes: Any) -> dict[str, Any]:
                 "macro_f1": measured(0.95),
                 "log_loss": {"value": 0.1234, "low": 0.05, "high": 0.21},
                 "brier": {"value": 0.06, "low": None, "high": None},
+                "auc": measured(0.99),
                 "ece": {"value": 0.021, "low": 0.0, "high": 0.067, "expected": {"low": 0.004, "high": 0.046}},
             },
             "per_class": {
@@ -386,7 +387,7 @@ def test_the_model_page_shows_what_was_measured_with_intervals(stub: Stub) -> No
     for wanted in (
         "Serving v3", "5 min ago", "Golden check passed", SHA[:12],
         "95.0 % (90.0 – 100.0)", "0.123 (0.050 – 0.210)", "0.060",
-        "0.021 (0.004 – 0.046 if calibrated)",
+        "0.021 (0.004 – 0.046 if calibrated)", "AUC", "0.990 (0.940 – 1.000)",
         "97.5 % (95.5 – 99.5)", "80 images of the test split", "Verdict: promote", "linear_probe",
         "d5195ff", "0.42",
     ):  # fmt: skip

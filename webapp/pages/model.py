@@ -29,6 +29,11 @@ METRICS = {
         "Gap between stated confidence and how often it is right. On few images it is above 0 for the best of "
         "models: the range beside it is that of a perfectly calibrated one.",
     ),
+    "auc": (
+        "AUC",
+        False,
+        "Area under the ROC curve: how often a picture of a class gets more of its probability than one of another.",
+    ),
 }
 LINEAGE = {
     "snapshot": "Snapshot",
