@@ -136,7 +136,7 @@ def _build(settings: Settings, catalog: Catalog, store: ObjectStore, info: regis
         for i, answer in enumerate(golden_rows(answers["validation"], classes))
     ]
     if max_pixels >= PHONE[0] * PHONE[1]:
-        unsure = sorted(answers["validation"], key=_surest_last)[:PHONE_TRIED]
+        unsure = sorted(answers["validation"], key=_surest_first)[-PHONE_TRIED:]
         sent = [as_a_phone_sends_it(store.get(answer["object_key"]), max_pixels=max_pixels) for answer in unsure]
         best = most_telling(sent, ask, size=graph.size)
         chosen.append(("golden/phone.jpg", sent[best], unsure[best]["label"]))
@@ -191,10 +191,6 @@ def golden_rows(answers: Sequence[dict[str, Any]], classes: Sequence[str]) -> li
 
 def _surest_first(answer: dict[str, Any]) -> tuple[float, str]:
     return -max(answer["probabilities"].values()), answer["sha256"]
-
-
-def _surest_last(answer: dict[str, Any]) -> tuple[float, str]:
-    return max(answer["probabilities"].values()), answer["sha256"]
 
 
 def as_a_phone_sends_it(data: bytes, *, max_pixels: int) -> bytes:
